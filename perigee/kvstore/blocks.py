@@ -1,7 +1,7 @@
 """Block keys and payload layout: what a KVCache block is called, and what its bytes mean.
 
-A block holds the KVCache of `block_tokens` consecutive tokens of one sequence. Its key is chained over everything before
-it, so equal keys mean equal prefixes under the same model, dtype, layout and tenant.
+A block holds the KVCache of `block_tokens` consecutive tokens of one sequence. Its key is chained over everything
+before it, so equal keys mean equal prefixes under the same model, dtype, layout and tenant.
 """
 
 import hashlib
@@ -79,8 +79,9 @@ def _little_endian_u32(token_ids: Iterable[int]) -> bytes:
 class PayloadLayout:
     """Where what lies in a block's payload.
 
-    64-byte header; then per layer `parts` tensors of `[block_tokens, width]` (Llama: rotated keys, values; MLA: one part,
-    latent and rotated rope key side by side); then per layer a float32 centroid of `[width]`: the mean of part 0.
+    64-byte header; then per layer `parts` tensors of `[block_tokens, width]` (Llama: rotated keys, values; MLA: one
+    part, latent and rotated rope key side by side); then per layer a float32 centroid of `[width]`: the mean of part 0
+    over the block's tokens.
     """
 
     num_layers: int

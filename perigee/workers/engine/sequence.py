@@ -46,10 +46,10 @@ class Sampling:
 class Sequence:
     """A prompt, the output so far, and all that decides the rest.
 
-    `token_ids[:prompt_len]` is the prompt, what follows was generated. `block_keys` names every block of `token_ids`, the
-    last, partial one included. `deadline_s` is a Unix time after which nobody waits for it, 0 for none. Randomness is
-    counter-based on (seed, choice, output position), so a longer `Sequence` of the same request goes on exactly where
-    the shorter one stopped, on any worker and in any batch.
+    `token_ids[:prompt_len]` is the prompt, what follows was generated. `block_keys` names every block of `token_ids`,
+    the last, partial one included. `deadline_s` is a Unix time after which nobody waits for it, 0 for none. Randomness
+    is counter-based on (seed, choice, output position), so a longer `Sequence` of the same request goes on exactly
+    where the shorter one stopped, on any worker and in any batch.
     """
 
     ref: Ref
@@ -76,7 +76,9 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled token. `logprob` and `top_logprobs` are of the model's own distribution, before temperature and cuts."""
+    """A sampled token. `logprob` and `top_logprobs` are of the model's own distribution, before temperature and cuts.
+    `top_logprobs` are (token, logprob) pairs, the likeliest first.
+    """
 
     token: int
     logprob: float | None = None
