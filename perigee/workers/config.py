@@ -1,0 +1,31 @@
+"""What a worker is told at its start."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["prefill", "decode", "mixed"]
+
+
+class WorkerConfig(BaseModel):
+    """One worker: a model, a KV pool, and a role."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(description="name in the cluster, unique")
+    role: Role = Field(description="prefill, decode, or mixed for both")
+    model: str = Field(description="checkpoint: a directory in Hugging Face layout, a GGUF file or a built-in name")
+    served_model_name: str = Field(default="", description="what the API calls it; default: the model's own name")
+    listen: str = Field(default="127.0.0.1:0", description="where to serve gRPC: host:port, or unix:/path")
+    store: Path = Field(description="local socket of the store node on this host")
+    store_id: str = Field(default="store-0", description="id of that store node")
+    directory: str = Field(description="gRPC address of the cluster's directory")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of weights and KVCache")
+    block_tokens: int = Field(default=32, ge=1, description="tokens a KVCache block, a power of two")
+    kv_tokens: int = Field(default=65536, ge=1, description="tokens that the KV pool holds")
+    max_batched_tokens: int = Field(default=512, ge=1, description="tokens a step may compute")
+    max_sequences: int = Field(default=32, ge=1, description="sequences that may hold pages at once")
+    max_context: int = Field(default=0, ge=0, description="positions a sequence may have; 0: as many as the model has")
+    threads: int = Field(default=0, ge=0, description="CPU threads a step uses; 0: all cores")
+    store_wait_s: float = Field(default=60.0, gt=0, description="how long to wait for slots, or for another's blocks")

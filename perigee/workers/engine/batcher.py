@@ -1,0 +1,206 @@
+"""Continuous batching: which sequences hold pages, and which of their tokens the next step computes.
+
+A sequence waits until pages for all that it can ever come to are free, so nothing runs out midway. Then its cached
+prefix is loaded by whoever drives the engine, and from then on every step takes one token of each decoding sequence and
+fills what is left of the token budget with prompt chunks, first come, first served.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from perigee.kvstore.blocks import num_blocks
+from perigee.workers.engine.pages import PagePool, PageTable
+from perigee.workers.engine.sequence import FinishReason, Ref, Sequence, Token
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What one step may hold. A chunk of a prompt counts as many tokens as it has, a decoding sequence one."""
+
+    max_batched_tokens: int
+    max_sequences: int
+    max_context: int
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A sequence that holds pages. The batcher fills every field; only `schedule`, `apply` and `ready` change them."""
+
+    sequence: Sequence
+    pages: PageTable
+    one_token: bool  # prefill's part: ends with its first token
+    token_ids: list[int]
+    computed: int = 0  # tokens whose KVCache is in the pages
+    is_ready: bool = False
+    finish_reason: FinishReason = FinishReason.NOT_FINISHED
+    cached: int = 0  # tokens that were loaded, not computed
+
+    @property
+    def ref(self) -> Ref:
+        return self.sequence.ref
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but its last token are in the pages, so that each step brings it one further."""
+        return len(self.token_ids) - self.computed == 1
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.token_ids) - self.sequence.prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`length` tokens of a sequence from position `start`. If they reach its end, it `samples` the next token."""
+
+    active: Active
+    start: int
+    length: int
+    samples: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many of its tokens belong to the prompt."""
+        return max(0, min(self.stop, self.active.sequence.prompt_len) - self.start)
+
+    def blocks(self, block_tokens: int) -> range:
+        """Indices of the blocks that it completes. The partial one at the end of what the sequence started from is
+        complete too: nothing will be added to it here before it is handed over."""
+        ends_start = self.stop == len(self.active.sequence.token_ids)
+        stop = num_blocks(self.stop, block_tokens) if ends_start else self.stop // block_tokens
+        return range(self.start // block_tokens, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A token that a step generated. `index` is its position in the output."""
+
+    active: Active
+    index: int
+    token: Token
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.active.finish_reason if self.index == self.active.num_outputs - 1 else FinishReason.NOT_FINISHED
+
+
+class Batcher:
+    """See the module. `eos_token_ids` end a sequence unless its sampling says otherwise."""
+
+    def __init__(self, pool: PagePool, limits: BatchLimits, eos_token_ids: frozenset[int]) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.eos_token_ids = eos_token_ids
+        self.waiting: deque[tuple[Sequence, bool]] = deque()
+        self.active: dict[Ref, Active] = {}
+
+    def pages_needed(self, sequence: Sequence, one_token: bool) -> int:
+        """Pages for all tokens that `sequence` can come to here. The last token sampled is never computed."""
+        tokens = len(sequence.token_ids) if one_token else min(sequence.max_len, self.limits.max_context)
+        return num_blocks(max(tokens, len(sequence.token_ids)), self.pool.page_tokens)
+
+    def refusal(self, sequence: Sequence, one_token: bool) -> str | None:
+        """Why this sequence could never run here, or None."""
+        if not sequence.token_ids:
+            return "token_ids: is empty, at least one token is needed"
+        if len(sequence.token_ids) > self.limits.max_context:
+            return f"token_ids: {len(sequence.token_ids)} tokens, the context holds {self.limits.max_context}"
+        needed = self.pages_needed(sequence, one_token)
+        if needed > self.pool.num_pages:
+            return f"token_ids: needs {needed} pages for prompt and max_tokens, the pool has {self.pool.num_pages}"
+        return None
+
+    def add(self, sequence: Sequence, *, one_token: bool) -> None:
+        """Queues a sequence for pages. The caller has asked `refusal` before."""
+        self.waiting.append((sequence, one_token))
+
+    def admit(self) -> list[Active]:
+        """Gives pages to those at the head of the queue, as far as pages and places go."""
+        admitted: list[Active] = []
+        while self.waiting and len(self.active) < self.limits.max_sequences:
+            sequence, one_token = self.waiting[0]
+            pages = self.pool.allocate(self.pages_needed(sequence, one_token))
+            if pages is None:
+                break
+            self.waiting.popleft()
+            active = Active(sequence, pages, one_token, list(sequence.token_ids))
+            self.active[sequence.ref] = active
+            admitted.append(active)
+        return admitted
+
+    def ready(self, active: Active, num_loaded: int) -> None:
+        """The first `num_loaded` tokens are in the pages. The last token is always computed: its logits are wanted."""
+        active.cached = active.computed = min(num_loaded, len(active.token_ids) - 1)
+        active.is_ready = True
+
+    def extend(self, active: Active, sequence: Sequence) -> None:
+        """Takes the place of what was prepared: the same sequence, with the tokens that were sampled since."""
+        active.sequence = sequence
+        active.token_ids = list(sequence.token_ids)
+
+    def remove(self, ref: Ref) -> None:
+        """Forgets a sequence wherever it stands, and frees its pages. Does nothing if it is not known."""
+        if active := self.active.pop(ref, None):
+            self.pool.free(active.pages)
+        else:
+            self.waiting = deque(entry for entry in self.waiting if entry[0].ref != ref)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` has something for a step."""
+        return any(a.is_ready and a.finish_reason is FinishReason.NOT_FINISHED for a in self.active.values())
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step: decoding sequences first, then prompts in the order in which they came."""
+        ready = [a for a in self.active.values() if a.is_ready and a.finish_reason is FinishReason.NOT_FINISHED]
+        chunks: list[Chunk] = []
+        budget = self.limits.max_batched_tokens
+        for active in sorted(ready, key=_prompts_last):
+            remaining = len(active.token_ids) - active.computed
+            length = min(remaining, budget)
+            if length > 0:
+                chunks.append(Chunk(active, active.computed, length, samples=length == remaining))
+                budget -= length
+        return chunks
+
+    def apply(self, chunks: list[Chunk], tokens: list[Token]) -> list[Output]:
+        """Takes in what a step computed: `tokens` has one entry for each chunk that samples, in their order."""
+        outputs: list[Output] = []
+        sampled = iter(tokens)
+        for chunk in chunks:
+            active = chunk.active
+            active.computed = chunk.stop
+            if chunk.samples:
+                token = next(sampled)
+                active.token_ids.append(token.token)
+                active.finish_reason = self._finish_reason(active, token.token)
+                active.is_ready = not active.one_token
+                outputs.append(Output(active, active.num_outputs - 1, token))
+        return outputs
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens still to be computed, as far as known: what waits may yet be found in the cache."""
+        waiting = sum(len(sequence.token_ids) for sequence, _ in self.waiting)
+        return waiting + sum(len(a.token_ids) - a.computed for a in self.active.values() if not a.is_decoding)
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(active.computed for active in self.active.values())
+
+    def _finish_reason(self, active: Active, token: int) -> FinishReason:
+        sampling = active.sequence.sampling
+        is_end = token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos)
+        if is_end and active.num_outputs > sampling.min_tokens:
+            return FinishReason.STOP
+        if active.num_outputs >= sampling.max_tokens or len(active.token_ids) >= self.limits.max_context:
+            return FinishReason.LENGTH
+        return FinishReason.NOT_FINISHED
+
+
+def _prompts_last(active: Active) -> bool:
+    return not active.is_decoding

@@ -1,0 +1,71 @@
+"""Runs one step of the model over the paged KV pool."""
+
+import torch
+from torch import Tensor
+
+from perigee.workers.attention.base import KVPool, Span, StepBatch
+from perigee.workers.engine.batcher import Active, Chunk
+from perigee.workers.engine.pages import PageTable
+from perigee.workers.engine.sampler import Draw, sample
+from perigee.workers.engine.sequence import Token
+from perigee.workers.model.weights import Model
+
+
+class Runner:
+    """The model and its KV pool. `run` is all that the engine asks of them."""
+
+    def __init__(self, model: Model, pool: KVPool, eos_token_ids: frozenset[int]) -> None:
+        self.model = model
+        self.pool = pool
+        self.eos_token_ids = eos_token_ids
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> list[Token]:
+        """Computes the chunks and samples a token for each that reaches its sequence's end, in their order."""
+        token_ids = torch.tensor([t for c in chunks for t in c.active.token_ids[c.start : c.stop]])
+        hidden = self.model(token_ids, self._batch(chunks), self.pool)
+        ends = _sampled_rows(chunks)
+        if not ends:
+            return []
+        logits = self.model.logits(hidden[ends])
+        return sample(logits, [self._draw(chunk.active) for chunk in chunks if chunk.samples])
+
+    def _batch(self, chunks: list[Chunk]) -> StepBatch:
+        positions = [p for c in chunks for p in range(c.start, c.stop)]
+        rows = [row for c in chunks for row in c.active.pages.rows(c.start, c.stop)]
+        spans: list[Span] = []
+        first = 0
+        for chunk in chunks:
+            spans.append(_span(chunk, first))
+            first += chunk.length
+        return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans))
+
+    def _draw(self, active: Active) -> Draw:
+        sequence = active.sequence
+        outputs = active.token_ids[sequence.prompt_len :]
+        return Draw(sequence.sampling, sequence.seed, sequence.ref.choice, outputs, self.eos_token_ids)
+
+
+def _span(chunk: Chunk, first: int) -> Span:
+    pages = chunk.active.pages
+    return Span(first, chunk.length, chunk.start, pages, _pool_rows(pages, chunk.stop))
+
+
+def _pool_rows(pages: PageTable, stop: int) -> slice | Tensor:
+    """The pool's rows of the positions before `stop`, as a slice where the pages allow it: then attention copies
+    nothing."""
+    if pages.is_contiguous:
+        first = pages.row(0)
+        return slice(first, first + stop)
+    return torch.tensor(pages.rows(0, stop))
+
+
+def _sampled_rows(chunks: list[Chunk]) -> list[int]:
+    """The batch rows whose next token is wanted: the last of each chunk that reaches its sequence's end."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.length
+        if chunk.samples:
+            rows.append(end - 1)
+    return rows

@@ -1,0 +1,79 @@
+"""From a worker's configuration to an engine that is ready to step, and the card of what it serves."""
+
+from pathlib import Path
+
+import torch
+
+from perigee.kvstore.blocks import LAYOUT_VERSION, namespace, num_blocks
+from perigee.workers.attention.base import KVPool
+from perigee.workers.config import WorkerConfig
+from perigee.workers.engine.batcher import Batcher, BatchLimits
+from perigee.workers.engine.engine import Engine, EngineTotals
+from perigee.workers.engine.pages import PagePool
+from perigee.workers.engine.runner import Runner
+from perigee.workers.engine.sequence import Ref, Sampling, Sequence
+from perigee.workers.messages import ModelCard
+from perigee.workers.model.checkpoint import digests, eos_token_ids
+from perigee.workers.model.config import ModelConfig
+from perigee.workers.model.weights import load_model
+
+
+def model_card(directory: Path, model: ModelConfig, config: WorkerConfig) -> ModelCard:
+    """The card that every worker of this checkpoint, dtype and block size shows."""
+    found = digests(directory)
+    root = namespace(
+        # The configuration decides what the weights compute: both name the model.
+        weights_digest=f"{found.weights}/{found.config}",
+        weights_epoch=0,
+        adapter="",
+        dtype=config.dtype,
+        layout_version=LAYOUT_VERSION,
+        block_tokens=config.block_tokens,
+        attention="dense",
+    )
+    return ModelCard(
+        name=config.served_model_name or Path(config.model).name.removesuffix(".gguf"),
+        weights_digest=found.weights,
+        config_digest=found.config,
+        tokenizer_digest=found.tokenizer,
+        dtype=config.dtype,
+        block_tokens=config.block_tokens,
+        max_context=max_context(model, config),
+        vocab_size=model.vocab_size,
+        namespace=root,
+        eos_token_ids=eos_token_ids(directory),
+    )
+
+
+def max_context(model: ModelConfig, config: WorkerConfig) -> int:
+    return min(config.max_context or model.max_context, model.max_context)
+
+
+def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> Engine:
+    """Loads the weights, takes the KV pool's memory, and runs a prompt so that the first request finds all warm."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    num_pages = num_blocks(config.kv_tokens, config.block_tokens)
+    eos = frozenset(eos_token_ids(directory))
+    pool = KVPool(model.payload_layout(config.dtype, config.block_tokens), num_pages)
+    runner = Runner(load_model(directory, model, config.dtype), pool, eos)
+    limits = BatchLimits(config.max_batched_tokens, config.max_sequences, max_context(model, config))
+    engine = Engine(Batcher(PagePool(num_pages, config.block_tokens), limits, eos), runner)
+    _warm_up(engine, limits)
+    return engine
+
+
+def _warm_up(engine: Engine, limits: BatchLimits) -> None:
+    """One prompt chunk and a few tokens: what the libraries below build at first use, they build now."""
+    length = min(limits.max_batched_tokens, limits.max_context - 4, 256)
+    sampling = Sampling(temperature=0.0, max_tokens=4, ignore_eos=True)
+    sequence = Sequence(Ref("warm-up"), (0,) * max(1, length), max(1, length), (), sampling)
+    if engine.batcher.refusal(sequence, one_token=False):
+        return
+    engine.batcher.add(sequence, one_token=False)
+    for active in engine.batcher.admit():
+        engine.ready(active, 0)
+    while engine.step():
+        pass
+    engine.batcher.remove(sequence.ref)
+    engine.totals = EngineTotals()

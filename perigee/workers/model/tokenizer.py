@@ -1,0 +1,261 @@
+"""Text to tokens and back, from a directory in Hugging Face layout. Imports no torch, so that servers can use it."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from perigee.workers.model.errors import ModelError
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# Marks, in a rendered chat, a special token's text that a message merely quotes: a private-use character, which the
+# content is cleared of first, on either side of the special token's index.
+_QUOTE = "\U0010fffd"
+
+
+class TokenizerError(ModelError):
+    """Raised when a tokenizer cannot be loaded, or a conversation does not suit the model's chat template."""
+
+
+class Tokenizer:
+    """A model's vocabulary, its special tokens and its chat template. Safe to use from several threads."""
+
+    def __init__(self, vocabulary: str, config: dict[str, Any], chat_template: str | None) -> None:
+        self._tokens = _parse(vocabulary)
+        # A second instance reads special tokens as the plain text that they are in what a user quotes.
+        self._plain = _parse(vocabulary)
+        self._plain.encode_special_tokens = True
+        self._special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
+        self._special_texts = _special_texts(self._tokens)
+        self._template = _compile(chat_template) if chat_template else None
+        self._byte_level = '"type":"ByteLevel"' in json.dumps(
+            json.loads(vocabulary).get("decoder"), separators=(",", ":")
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Reads tokenizer.json and, where there are any, tokenizer_config.json and chat_template.jinja.
+
+        Raises TokenizerError if tokenizer.json is missing or one of the files is malformed.
+        """
+        vocabulary = directory / TOKENIZER_FILE
+        if not vocabulary.is_file():
+            raise TokenizerError(f"{vocabulary} does not exist: a model directory needs a {TOKENIZER_FILE}")
+        config = _read_config(directory / CONFIG_FILE)
+        return cls(vocabulary.read_text(encoding="utf-8"), config, _read_template(directory, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the added ones included."""
+        return self._tokens.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._special_id("eos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text`. Special tokens that it spells out are taken as such."""
+        return _encode(self._tokens, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._tokens.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character only. Empty for an unknown id."""
+        token = self._tokens.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token in self._special_texts:
+            return token.encode()
+        if self._byte_level:
+            return _byte_level_bytes(token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # byte fallback
+            return bytes.fromhex(token[3:5])
+        return token.replace("▁", " ").encode()
+
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The conversation as the model saw it in training, up to where the assistant's answer begins.
+
+        Raises TokenizerError if the model has no chat template or the template refuses the messages.
+        """
+        if self._template is None:
+            raise TokenizerError(f"this model has no chat template ({CONFIG_FILE} or {TEMPLATE_FILE})")
+        special = {name: text for name, text in self._special.items() if text is not None}
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **special)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise TokenizerError(f"the model's chat template refused the messages: {error}") from error
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The tokens of `render_chat(messages)`, but what a message's content spells out is never a special token.
+
+        So no user can end a turn, or begin one in somebody else's name.
+        """
+        rendered = self.render_chat([self._quote(message) for message in messages])
+        token_ids: list[int] = []
+        for index, part in enumerate(rendered.split(_QUOTE)):
+            if index % 2:
+                token_ids += _encode(self._plain, self._special_texts[int(part)], False)
+            elif part:
+                token_ids += _encode(self._tokens, part, False)
+        return token_ids
+
+    def _quote(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if not isinstance(content, str):
+            return message
+        quoted = content.replace(_QUOTE, "\ufffd")
+        for index, text in enumerate(self._special_texts):
+            if text in quoted:
+                quoted = quoted.replace(text, f"{_QUOTE}{index}{_QUOTE}")
+        return {**message, "content": quoted}
+
+    def _special_id(self, name: str) -> int | None:
+        text = self._special[name]
+        return None if text is None else self._tokens.token_to_id(text)
+
+
+class Detokenizer:
+    """Turns the tokens of one output into text as they come, at a cost per token that does not grow with the output.
+
+    A token may hold a part of a character only, so what may still become one is held back until the rest has come.
+    `context` is the end of the prompt: some tokenizers write a token differently at the very start of a text.
+    """
+
+    # A character is at most four bytes, so an unfinished one decodes to at most three replacement characters.
+    _MAX_HELD = 3
+    _CONTEXT = 6
+    _MAX_WINDOW = 32
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(context[-self._CONTEXT :])  # the last tokens; those before `_fresh` are text already
+        self._fresh = len(self._window)
+        self._emitted = self._stable(tokenizer.decode(self._window))  # characters of the window's text given out
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes, perhaps none."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        stable = self._stable(text)
+        new = text[self._emitted : stable]
+        self._emitted = max(self._emitted, stable)
+        if stable == len(text):
+            self._slide(self._fresh)
+        elif len(self._window) > self._MAX_WINDOW:  # a long run of bytes that are no text
+            self._slide(len(self._window) - 2 * self._MAX_HELD)
+        return new
+
+    def flush(self) -> str:
+        """What is still held back, when no more tokens come."""
+        return self._tokenizer.decode(self._window)[self._emitted :]
+
+    def _slide(self, start: int) -> None:
+        self._window = self._window[start:]
+        self._fresh = len(self._window)
+        self._emitted = self._stable(self._tokenizer.decode(self._window))
+
+    def _stable(self, text: str) -> int:
+        """How many characters of `text` cannot change by what follows."""
+        return max(len(text.rstrip("\ufffd")), len(text) - self._MAX_HELD)
+
+
+def _parse(vocabulary: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(vocabulary)
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{TOKENIZER_FILE} is malformed: {error}") from error
+
+
+def _encode(tokens: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    # The batch call, unlike `encode`, lets other threads run meanwhile and computes no offsets.
+    ids: list[int] = tokens.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _special_texts(tokens: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """The special tokens' texts, longest first so that none hides a longer one."""
+    added = tokens.get_added_tokens_decoder().values()
+    return tuple(sorted((token.content for token in added if token.special), key=len, reverse=True))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is malformed: {error}") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """The chat template: a file of its own, or a string or list of named templates in the configuration."""
+    path = directory / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(
+            f"chat_template in {directory / CONFIG_FILE} must be a string or a list of named templates"
+        )
+    return template
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """A special token is written as its text or as an object that has it as `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _compile(chat_template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        return environment.from_string(chat_template)
+    except TemplateError as error:
+        raise TokenizerError(f"the chat template is malformed: {error}") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(byte for character in token for byte in _character_bytes(character))
+
+
+def _character_bytes(character: str) -> bytes:
+    """Byte-level BPE writes each byte as one printable character: its own in Latin-1, or one from U+0100 on."""
+    code = ord(character)
+    if code < 0x100:
+        return bytes([code])
+    if code < 0x100 + len(_UNPRINTABLE):
+        return bytes([_UNPRINTABLE[code - 0x100]])
+    return character.encode()
+
+
+_UNPRINTABLE = bytes([*range(0x21), *range(0x7F, 0xA1), 0xAD])
