@@ -21,6 +21,7 @@ class Span:
     start: int
     pages: PageTable
     pool_rows: slice | Tensor  # rows of the pool that hold positions [0, start + length)
+    mask: Tensor | None  # [length, context], 0 or -inf; None where a plain causal or no mask does
 
     @property
     def context(self) -> int:

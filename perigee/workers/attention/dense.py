@@ -42,12 +42,5 @@ class DenseAttention:
         if span.start == 0:
             out = F.scaled_dot_product_attention(q, k[None], v[None], is_causal=True, enable_gqa=True)
         else:
-            mask = _causal_mask(span, q.dtype)
-            out = F.scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask, enable_gqa=True)
+            out = F.scaled_dot_product_attention(q, k[None], v[None], attn_mask=span.mask, enable_gqa=True)
         return out[0].transpose(0, 1)
-
-
-def _causal_mask(span: Span, dtype: torch.dtype) -> Tensor:
-    """[length, context], 0 where a token may look and -inf where not."""
-    mask = torch.full((span.length, span.context), -torch.inf, dtype=dtype)
-    return mask.triu_(span.start + 1)

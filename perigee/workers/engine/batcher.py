@@ -100,7 +100,7 @@ class Batcher:
 
     def pages_needed(self, sequence: Sequence, one_token: bool) -> int:
         """Pages for all tokens that `sequence` can come to here. The last token sampled is never computed."""
-        tokens = len(sequence.token_ids) if one_token else min(sequence.max_len, self.limits.max_context)
+        tokens = 0 if one_token else min(sequence.max_len, self.limits.max_context) - 1
         return num_blocks(max(tokens, len(sequence.token_ids)), self.pool.page_tokens)
 
     def refusal(self, sequence: Sequence, one_token: bool) -> str | None:

@@ -36,9 +36,16 @@ class Runner:
         spans: list[Span] = []
         first = 0
         for chunk in chunks:
-            spans.append(_span(chunk, first))
+            spans.append(self._span(chunk, first))
             first += chunk.length
         return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans))
+
+    def _span(self, chunk: Chunk, first: int) -> Span:
+        pages = chunk.active.pages
+        needs_mask = chunk.length > 1 and chunk.start > 0
+        # Once a step, for all layers and heads.
+        mask = _causal_mask(chunk, self.pool.tensor.dtype) if needs_mask else None
+        return Span(first, chunk.length, chunk.start, pages, _pool_rows(pages, chunk.stop), mask)
 
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
@@ -46,9 +53,10 @@ class Runner:
         return Draw(sequence.sampling, sequence.seed, sequence.ref.choice, outputs, self.eos_token_ids)
 
 
-def _span(chunk: Chunk, first: int) -> Span:
-    pages = chunk.active.pages
-    return Span(first, chunk.length, chunk.start, pages, _pool_rows(pages, chunk.stop))
+def _causal_mask(chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """[length, context], 0 where a token of the chunk may look and -inf where not."""
+    mask = torch.full((chunk.length, chunk.stop), -torch.inf, dtype=dtype)
+    return mask.triu_(chunk.start + 1)
 
 
 def _pool_rows(pages: PageTable, stop: int) -> slice | Tensor:

@@ -65,6 +65,19 @@ class LlamaConfig:
         """A block of this model: rotated keys, then values, of every layer."""
         return PayloadLayout(self.num_layers, 2, self.num_kv_heads * self.head_dim, dtype, block_tokens)
 
+    @property
+    def num_step_weights(self) -> int:
+        """Weights that one step reads: all matrices, the output head among them, but not the embedding's other rows."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = heads * self.hidden_size + 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
+    def prefill_flops(self, num_tokens: int) -> float:
+        """Operations of a prompt: a product and a sum per weight and token, the head once, and causal attention."""
+        head = self.vocab_size * self.hidden_size
+        matrices = 2 * num_tokens * (self.num_step_weights - head) + 2 * head
+        return matrices + 2 * self.num_layers * self.num_heads * self.head_dim * num_tokens**2
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Raises UnsupportedModel for what this model does not do, naming the key."""

@@ -1,0 +1,50 @@
+"""transformers, measured in a process of its own: prints its figures as JSON.
+
+Decode leaves the prompt's pass out, as ours does, and greedy tokens come from the same loop that its `generate` runs
+per token: one forward pass with the cache of the last.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from perigee.bench.workload import DECODE_PROMPT_TOKENS, DECODE_TOKENS, Figures, prompt
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    with torch.inference_mode():
+        _prefill_s(model, max(job["prefill"]))  # warm
+        figures = Figures(
+            {n: n / _prefill_s(model, n) for n in job["prefill"]},
+            {n: n * (DECODE_TOKENS - 1) / _decode_s(model, n) for n in job["decode"]},
+        )
+    sys.stdout.write(json.dumps(figures.as_json()) + "\n")
+
+
+def _prefill_s(model: Any, length: int) -> float:
+    token_ids = torch.tensor([prompt(length, model.config.vocab_size)])
+    started = time.perf_counter()
+    model(token_ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+    return time.perf_counter() - started
+
+
+def _decode_s(model: Any, streams: int) -> float:
+    prompts = [prompt(DECODE_PROMPT_TOKENS, model.config.vocab_size, salt) for salt in range(streams)]
+    output = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+    started = time.perf_counter()
+    for _ in range(DECODE_TOKENS - 1):
+        tokens = output.logits[:, -1:].argmax(-1)
+        output = model(tokens, past_key_values=output.past_key_values, use_cache=True)
+    output.logits[:, -1:].argmax(-1)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

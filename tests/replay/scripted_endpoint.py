@@ -1,0 +1,120 @@
+"""An endpoint on a real loopback socket that answers completions as a test tells it to."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+
+class Answer:
+    """One request's answer in the making."""
+
+    def __init__(self, request: web.Request, body: dict[str, Any]) -> None:
+        self.body = body
+        self._request = request
+        self._response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+
+    async def token(self, text: str = "x") -> None:
+        await self.send({"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None})
+
+    async def usage(self, cached_tokens: int = 0, completion_tokens: int | None = None) -> None:
+        usage = {
+            "prompt_tokens": len(self.body["prompt"]),
+            "completion_tokens": self.body["max_tokens"] if completion_tokens is None else completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
+        await self.send({"choices": [], "usage": usage})
+
+    async def done(self) -> None:
+        await self._write(b"data: [DONE]\n\n")
+
+    async def send(self, chunk: object) -> None:
+        await self._write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+
+    async def whole(self) -> None:
+        """What is asked for, one token a chunk, nothing cached."""
+        for _ in range(self.body["max_tokens"]):
+            await self.token()
+        await self.usage()
+        await self.done()
+
+    def hang_up(self) -> None:
+        assert self._request.transport is not None
+        self._request.transport.abort()
+
+    async def _write(self, data: bytes) -> None:
+        if not self._response.prepared:
+            await self._response.prepare(self._request)
+        await self._response.write(data)
+
+    async def end(self) -> web.StreamResponse:
+        if not self._response.prepared:
+            await self._response.prepare(self._request)
+        await self._response.write_eof()
+        return self._response
+
+
+Script = Callable[[Answer], Awaitable[int | None]]
+"""Answers one request; a number that it returns is the status of an error response instead."""
+
+
+@dataclass
+class ScriptedEndpoint:
+    """`script` answers completions, `bodies` are the requests so far, in order of arrival.
+
+    `first_ended` is set when the client sends a second request over a connection, so has read a first answer whole.
+    """
+
+    script: Script = Answer.whole
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "small", "vocab_size": 512}])
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    first_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: set[object] = field(default_factory=set)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        answer = Answer(request, await request.json())
+        self.bodies.append(answer.body)
+        if request.transport in self.connections:
+            self.first_ended.set()
+        self.connections.add(request.transport)
+        status = await self.script(answer)
+        if status is not None:
+            return web.json_response({"error": {"message": f"scripted {status}"}}, status=status)
+        return await answer.end()
+
+    async def list_models(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"object": "list", "data": self.models})
+
+
+@asynccontextmanager
+async def serve(endpoint: ScriptedEndpoint) -> AsyncIterator[ScriptedEndpoint]:
+    app = web.Application()
+    app.router.add_post("/v1/completions", endpoint.complete)
+    app.router.add_get("/v1/models", endpoint.list_models)
+    runner = web.AppRunner(app, shutdown_timeout=0, access_log=None, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        endpoint.url = f"http://{host}:{port}"
+        yield endpoint
+    finally:
+        await runner.cleanup()
+
+
+def by_prompt_length(**scripts: Script) -> Script:
+    """Chooses among scripts named `tokens_N` by the length of the prompt."""
+
+    async def choose(answer: Answer) -> int | None:
+        return await scripts[f"tokens_{len(answer.body['prompt'])}"](answer)
+
+    return choose
+
+
+async def forever(answer: Answer) -> None:
+    await asyncio.Event().wait()
