@@ -99,10 +99,14 @@ class PayloadLayout:
         return self.num_layers * self.width * 4
 
     @property
+    def end(self) -> int:
+        """Where the content ends; what pads it to `payload_bytes` stays zero."""
+        return HEADER_BYTES + self.tensor_bytes + self.centroid_bytes
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of one block, rounded up to `ALIGNMENT`."""
-        raw = HEADER_BYTES + self.tensor_bytes + self.centroid_bytes
-        return -(-raw // ALIGNMENT) * ALIGNMENT
+        return -(-self.end // ALIGNMENT) * ALIGNMENT
 
 
 HEADER_BYTES = 64

@@ -1,0 +1,145 @@
+"""One frozen configuration a process: defaults, then perigee.yaml, then the environment, then flags.
+
+A command called `store` reads the section `store` of the file, `PERIGEE_STORE_DRAM_BYTES` and `--dram-bytes`. All three
+are generated from the fields of the command's pydantic model, which validates what they say together.
+"""
+
+import argparse
+import types
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ByteSize, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+DEFAULT_FILE = Path("perigee.yaml")
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class ConfigurationError(Exception):
+    """What is wrong with a configuration, one problem a line: where it was said, the value, what is allowed."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError([f"{message}; see {self.prog} --help"])
+
+
+def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positional: Collection[str] = ()) -> None:
+    """A flag for each field of `model`, or an argument for those in `positional`. What is not given stays unset."""
+    for name, field in model.model_fields.items():
+        text = f"{field.description} {_default_text(field)}".replace("%", "%%")
+        if name in positional:
+            parser.add_argument(name, metavar=name.upper(), help=text)
+        elif field.annotation is bool:
+            parser.add_argument(
+                _flag(name), dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            parser.add_argument(
+                _flag(name), dest=name, metavar=_metavar(field.annotation), default=argparse.SUPPRESS, help=text
+            )
+
+
+def load(
+    model: type[Config],
+    *,
+    command: str,
+    file: Path | None,
+    sections: Collection[str],
+    environ: Mapping[str, str],
+    flags: Mapping[str, Any],
+    positional: Collection[str] = (),
+) -> Config:
+    """The configuration of `command`. `file` None means perigee.yaml where there is one. Raises ConfigurationError."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, value in _from_file(file, command, sections).items():
+        values[name], origins[name] = value, f"{file or DEFAULT_FILE}: {command}.{name}"
+    for name in model.model_fields:
+        variable = f"PERIGEE_{command}_{name}".upper().replace("-", "_")
+        if variable in environ:
+            values[name], origins[name] = environ[variable], variable
+        if name in flags:
+            values[name], origins[name] = flags[name], name.upper() if name in positional else _flag(name)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigurationError([_problem(model, problem, origins) for problem in error.errors()]) from error
+
+
+def as_flags(config: BaseModel) -> list[str]:
+    """The command line that gives `config` again. None is left out: it is said by saying nothing."""
+    return [_as_flag(_flag(name), value) for name, value in config if value is not None]
+
+
+def _as_flag(flag: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag}={value}"
+
+
+def _flag(name: str) -> str:
+    """`dram_bytes` is --dram-bytes; `json_file` is --json, a name that fields of pydantic models cannot have."""
+    return "--json" if name == "json_file" else "--" + name.replace("_", "-")
+
+
+def _from_file(file: Path | None, command: str, sections: Collection[str]) -> dict[str, Any]:
+    if file is None and not DEFAULT_FILE.is_file():
+        return {}
+    path = file or DEFAULT_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError([f"--config: {path}: {' '.join(str(error).split())}"]) from error
+    allowed = f"allowed are the sections {', '.join(sorted(sections))}"
+    if not isinstance(content, dict):
+        raise ConfigurationError([f"{path}: holds a {type(content).__name__}; {allowed}"])
+    if unknown := [str(name) for name in content if name not in sections]:
+        raise ConfigurationError([f"{path}: {name}: no such section; {allowed}" for name in unknown])
+    section = content.get(command) or {}
+    if not isinstance(section, dict):
+        raise ConfigurationError([f"{path}: {command}: holds a {type(section).__name__}, expected fields"])
+    return {str(name).replace("-", "_"): value for name, value in section.items()}
+
+
+def _problem(model: type[BaseModel], problem: ErrorDetails, origins: Mapping[str, str]) -> str:
+    if not problem["loc"]:
+        # A rule about several fields: its message names them.
+        return problem["msg"].removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    origin = origins.get(name, _flag(name))
+    if problem["type"] == "missing":
+        return f"{origin}: is needed: {model.model_fields[name].description}"
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: no such field; allowed are {', '.join(model.model_fields)}"
+    return f"{origin}: {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required():
+        return "[required]"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is None or default == "":
+        return ""
+    return f"[default: {default.human_readable() if isinstance(default, ByteSize) else default}]"
+
+
+def _metavar(annotation: Any) -> str:
+    """What to write after a flag, from its type: `int | None` is a number as `int` is."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _metavar(next(option for option in get_args(annotation) if option is not type(None)))
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    names = {int: "N", float: "X", Path: "PATH", ByteSize: "SIZE"}
+    return names.get(annotation, "TEXT")

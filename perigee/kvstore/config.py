@@ -1,0 +1,19 @@
+"""The configuration of a store node."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+
+class StoreConfig(BaseModel, frozen=True, extra="forbid"):
+    """One store node: one a host, serving every worker there."""
+
+    id: str = Field(default="store-0", min_length=1, description="Name of this store node, unique in the cluster.")
+    listen: str = Field(
+        default="127.0.0.1:0",
+        min_length=1,
+        description="Where gRPC listens: host:port (port 0: any free one) or unix:/path.",
+    )
+    socket: Path = Field(description="Unix socket for the workers of this host.")
+    directory: str = Field(min_length=1, description="gRPC target of the directory of the cluster's members.")
+    dram_bytes: int = Field(default=1 << 30, gt=0, description="Shared memory to keep blocks in, in bytes.")

@@ -1,0 +1,35 @@
+"""What can go wrong between a store node and those who use it."""
+
+from collections.abc import Iterable
+
+
+class StoreError(Exception):
+    """Anything the cache service says no to."""
+
+
+class NoRoom(StoreError):
+    """The arena has no room for the blocks now; leases that end may make some."""
+
+
+class TooLarge(StoreError):
+    """The arena could never hold the blocks, whatever is evicted."""
+
+
+class InvalidRequest(StoreError):
+    """The request itself is wrong."""
+
+
+class BlocksMissing(StoreError):
+    """Some of the fetched blocks did not come in time. `indices` are theirs in the request's keys."""
+
+    def __init__(self, indices: Iterable[int]) -> None:
+        self.indices = tuple(indices)
+        super().__init__(f"{len(self.indices)} blocks did not come in time, by index: {list(self.indices[:8])}")
+
+
+class StoreClosed(StoreError):
+    """The connection to the node is gone, and with it every lease and reservation made over it."""
+
+
+class MalformedFrame(StoreError):
+    """Bytes on the local socket that are no message of its protocol. The connection that sent them is closed."""

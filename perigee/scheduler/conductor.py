@@ -1,0 +1,220 @@
+"""The scheduler itself: events and the time go in, commands come out."""
+
+from perigee.scheduler.admission import Admission, Refusal, RoomAtArrival
+from perigee.scheduler.commands import Command, Dispatch, Exclude, Proceed, Reject, Resync
+from perigee.scheduler.cost import CostProfile
+from perigee.scheduler.events import (
+    BlockEvents,
+    Cancelled,
+    Event,
+    Failed,
+    Finished,
+    Joined,
+    PrefillDone,
+    QuietEvent,
+    RequestArrived,
+    RequestEvent,
+    ServerLost,
+    StoreLost,
+    Tick,
+    WorkerJoined,
+    WorkerLost,
+)
+from perigee.scheduler.ids import RequestKey, WorkerId
+from perigee.scheduler.placement import LowestTtft, Placement
+from perigee.scheduler.pools import Pools
+from perigee.scheduler.view import ClusterView, FailedAttempt, InFlight, Phase
+from perigee.scheduler.worker_view import WorkerView
+from perigee.workers.messages import WorkerReport
+
+
+class Conductor:
+    """Deterministic: the same events at the same times give the same commands. It reads no clock; `now` is in seconds
+    of any clock that does not go back.
+    """
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        admission: Admission | None = None,
+        profile: CostProfile | None = None,
+    ) -> None:
+        self.view = ClusterView(profile or CostProfile())
+        self._placement = placement or LowestTtft()
+        self._admission = admission or RoomAtArrival()
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Takes in one event and says what is to be done about it."""
+        match event:
+            case RequestArrived():
+                return self._arrived(event, now)
+            case PrefillDone():
+                return self._prefill_done(event)
+            case WorkerReport():
+                return self._reported(event, now)
+            case BlockEvents():
+                return self._blocks_changed(event)
+            case _:
+                self._note(event, now)
+                return []
+
+    def _note(self, event: QuietEvent, now: float) -> None:
+        """Takes in what calls for no command."""
+        match event:
+            case Joined():
+                self._joined(event)
+            case Finished():
+                self._finished(event)
+            case Failed():
+                self._failed(event, now)
+            case Cancelled():
+                self._cancelled(event)
+            case ServerLost():
+                self.view.drop_server(event.server)
+            case WorkerJoined():
+                self.view.add_worker(event)
+            case WorkerLost():
+                self.view.lose_worker(event.worker_id, event.incarnation)
+            case StoreLost():
+                self.view.lose_store(event.node_id, event.incarnation)
+            case Tick():
+                self.view.forget_failures(now)
+
+    # ---- requests
+
+    def _arrived(self, event: RequestArrived, now: float) -> list[Command]:
+        if self._is_outdated(event):
+            return []
+        key = RequestKey.of(event.server, event.ref)
+        self.view.drop(key)
+        failed = self.view.failed.pop(key, None)
+        admitted = self._admission.admit(self.view, event, now)
+        if isinstance(admitted, Refusal):
+            return [self._reject(event, admitted)]
+        return [self._dispatch(key, event, _avoiding(admitted, failed), now)]
+
+    def _dispatch(self, key: RequestKey, event: RequestArrived, pools: Pools, now: float) -> Dispatch:
+        plan = self._placement.place(self.view, pools, event)
+        self.view.place(key, event, plan, now)
+        return Dispatch(
+            server=event.server,
+            ref=event.ref,
+            prefill=plan.prefill.where,
+            decode=plan.decode.where,
+            prefill_source=plan.prefill_source,
+            decode_source=plan.decode_source,
+            predicted_ttft_s=plan.ttft_s,
+            predicted_tbt_s=plan.tbt_s,
+        )
+
+    def _reject(self, event: RequestArrived, refusal: Refusal) -> Reject:
+        """Says also what to expect of the workers that are too busy for it."""
+        plan = self._placement.place(self.view, refusal.pools, event) if refusal.pools else None
+        return Reject(
+            server=event.server,
+            ref=event.ref,
+            reason=refusal.reason,
+            message=refusal.message,
+            retry_after_s=refusal.retry_after_s,
+            predicted_ttft_s=plan.ttft_s if plan else 0.0,
+            predicted_tbt_s=plan.tbt_s if plan else 0.0,
+        )
+
+    def _prefill_done(self, event: PrefillDone) -> list[Command]:
+        if self._is_outdated(event):
+            return []
+        known = self._known(event)
+        if known is not None and known.phase is Phase.PREFILL:
+            self._learn_prefill(known, event)
+            self.view.end_prefill(RequestKey.of(event.server, event.ref))
+        # What is not known was dispatched by a Conductor before this one, or lost a worker: its server will find out.
+        return [Proceed(event.server, event.ref)]
+
+    def _learn_prefill(self, request: InFlight, event: PrefillDone) -> None:
+        cached_tokens = min(event.cached_tokens, request.num_tokens - 1)
+        self.view.costs.observe_prefill(
+            self.view.workers[request.prefill].cost,
+            new_tokens=request.num_tokens - cached_tokens,
+            prefix_tokens=cached_tokens,
+            load_s=event.load_s,
+            compute_s=event.compute_s,
+        )
+        self.view.ttft_error.observe(request.predicted_ttft_s, event.ttft_s)
+
+    def _joined(self, event: Joined) -> None:
+        if known := self._known(event):
+            known.phase = Phase.DECODE
+
+    def _finished(self, event: Finished) -> None:
+        if known := self._known(event):
+            self.view.tbt_error.observe(known.predicted_tbt_s, event.mean_tbt_s)
+            self.view.count_output(event.output_tokens)
+            self.view.drop(RequestKey.of(event.server, event.ref))
+
+    def _failed(self, event: Failed, now: float) -> None:
+        if self._is_outdated(event):
+            return
+        key = RequestKey.of(event.server, event.ref)
+        self.view.drop(key)
+        self.view.failed[key] = FailedAttempt(event.worker_id, now)
+        if worker := self.view.workers.get(event.worker_id):
+            worker.failures += 1
+
+    def _cancelled(self, event: Cancelled) -> None:
+        if self._is_outdated(event):
+            return
+        key = RequestKey.of(event.server, event.ref)
+        self.view.drop(key)
+        self.view.failed.pop(key, None)
+
+    def _known(self, event: RequestEvent) -> InFlight | None:
+        """The attempt in flight that an event is about."""
+        known = self.view.requests.get(RequestKey.of(event.server, event.ref))
+        return known if known is not None and known.ref == event.ref else None
+
+    def _is_outdated(self, event: RequestEvent) -> bool:
+        """Whether a newer attempt than the event's is in flight."""
+        known = self.view.requests.get(RequestKey.of(event.server, event.ref))
+        return known is not None and known.ref.attempt > event.ref.attempt
+
+    # ---- workers and store nodes
+
+    def _reported(self, report: WorkerReport, now: float) -> list[Command]:
+        worker = self.view.workers.get(WorkerId(report.worker_id))
+        if worker is None or worker.incarnation != report.incarnation:
+            return []
+        was_excluded = worker.excluded
+        self._learn_step(worker, report)
+        self.view.update_worker(worker, report, now)
+        if worker.excluded and not was_excluded:
+            return [Exclude(worker.id, worker.incarnation, "its model card differs from the cluster's")]
+        return []
+
+    def _learn_step(self, worker: WorkerView, report: WorkerReport) -> None:
+        """A worker that only prefills says nothing about decode steps, nor does one that made none since."""
+        steps_before = worker.report.steps_total if worker.report else 0
+        if report.role != "prefill" and report.running_sequences and report.steps_total > steps_before:
+            self.view.costs.observe_step(
+                worker.cost,
+                batch=report.running_sequences,
+                context_tokens=report.context_tokens,
+                step_s=report.last_step_s,
+            )
+
+    def _blocks_changed(self, event: BlockEvents) -> list[Command]:
+        if self.view.update_store(event):
+            return []
+        store = self.view.stores.get(event.node_id)
+        if store is not None and store.resyncing:
+            return []
+        if store is not None:
+            store.resyncing = True
+        return [Resync(event.node_id)]
+
+
+def _avoiding(pools: Pools, failed: FailedAttempt | None) -> Pools:
+    """Without the worker that just failed the request, if others can serve it."""
+    if failed is None:
+        return pools
+    others = pools.without(failed.worker_id)
+    return others if others.can_serve else pools

@@ -1,0 +1,136 @@
+"""How long a worker takes: a linear profile, and for each worker how far from it reality has been.
+
+Seconds throughout. The profile is what was measured before; corrections come from what the workers report.
+"""
+
+from dataclasses import dataclass, field
+
+# Weight that an earlier observation keeps when one more comes in: the last twenty or so decide.
+_KEPT = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """Coefficients of the linear models. The defaults suit a small model on a few CPU cores."""
+
+    prefill_fixed_s: float = 5e-3
+    prefill_token_s: float = 5e-4
+    prefill_pair_s: float = 1e-8  # one new token attending to one earlier token
+    load_token_s: float = 2e-6  # out of the local store into the worker's pages
+    transfer_token_s: float = 2e-5  # from another store node, besides
+    step_fixed_s: float = 1e-2
+    step_sequence_s: float = 1e-3
+    step_context_token_s: float = 1e-6
+
+    def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
+        """Computing `new_tokens` after `prefix_tokens` that are there already."""
+        pairs = new_tokens * (prefix_tokens + new_tokens / 2)
+        return self.prefill_fixed_s + self.prefill_token_s * new_tokens + self.prefill_pair_s * pairs
+
+    def load_s(self, tokens: int) -> float:
+        """Taking over cached tokens from the local store."""
+        return self.load_token_s * tokens
+
+    def transfer_s(self, tokens: int) -> float:
+        """Bringing cached tokens from another store node to the local one."""
+        return self.transfer_token_s * tokens
+
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        """One decode step of `batch` sequences that hold `context_tokens` together."""
+        return self.step_fixed_s + self.step_sequence_s * batch + self.step_context_token_s * context_tokens
+
+
+@dataclass(slots=True)
+class Error:
+    """Exponentially weighted mean of |predicted - actual| / actual."""
+
+    mean: float = 0.0
+    observations: int = 0
+
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        if actual_s <= 0:
+            return
+        self.observations += 1
+        weight = max(1 - _KEPT, 1 / self.observations)
+        self.mean += weight * (abs(predicted_s - actual_s) / actual_s - self.mean)
+
+
+@dataclass(slots=True)
+class Correction:
+    """Actual over predicted time, as the ratio of two decaying sums: long work counts for more than short work."""
+
+    factor: float = 1.0
+    error: Error = field(default_factory=Error)  # of the corrected predictions
+    _predicted_s: float = 0.0
+    _actual_s: float = 0.0
+
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        """`predicted_s` is the profile's, uncorrected. What took no time teaches nothing."""
+        if predicted_s <= 0 or actual_s <= 0:
+            return
+        self.error.observe(self.factor * predicted_s, actual_s)
+        self._predicted_s = _KEPT * self._predicted_s + predicted_s
+        self._actual_s = _KEPT * self._actual_s + actual_s
+        self.factor = self._actual_s / self._predicted_s
+
+
+@dataclass(slots=True)
+class WorkerCost:
+    """The profile, corrected for one worker."""
+
+    profile: CostProfile
+    prefill: Correction = field(default_factory=Correction)
+    load: Correction = field(default_factory=Correction)
+    step: Correction = field(default_factory=Correction)
+
+    def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
+        return self.prefill.factor * self.profile.prefill_s(new_tokens, prefix_tokens)
+
+    def load_s(self, tokens: int) -> float:
+        return self.load.factor * self.profile.load_s(tokens)
+
+    def transfer_s(self, tokens: int) -> float:
+        return self.profile.transfer_s(tokens)
+
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        return self.step.factor * self.profile.step_s(batch, context_tokens)
+
+    def observe_prefill(self, new_tokens: int, prefix_tokens: int, load_s: float, compute_s: float) -> None:
+        """A prefill took this long."""
+        self.prefill.observe(self.profile.prefill_s(new_tokens, prefix_tokens), compute_s)
+        self.load.observe(self.profile.load_s(prefix_tokens), load_s)
+
+    def observe_step(self, batch: int, context_tokens: int, step_s: float) -> None:
+        """A decode step took this long."""
+        self.step.observe(self.profile.step_s(batch, context_tokens), step_s)
+
+
+class CostModel:
+    """Hands each worker its WorkerCost. A new worker starts as slow as the others have been on average: were it to
+    start from the bare profile, it would be shunned or flooded for as long as that is wrong.
+    """
+
+    def __init__(self, profile: CostProfile) -> None:
+        self._profile = profile
+        self._typical = WorkerCost(profile)
+
+    def new_worker(self) -> WorkerCost:
+        typical = self._typical
+        return WorkerCost(
+            self._profile,
+            prefill=Correction(typical.prefill.factor),
+            load=Correction(typical.load.factor),
+            step=Correction(typical.step.factor),
+        )
+
+    def observe_prefill(
+        self, cost: WorkerCost, *, new_tokens: int, prefix_tokens: int, load_s: float, compute_s: float
+    ) -> None:
+        """A worker's prefill took this long."""
+        for each in (cost, self._typical):
+            each.observe_prefill(new_tokens, prefix_tokens, load_s, compute_s)
+
+    def observe_step(self, cost: WorkerCost, *, batch: int, context_tokens: int, step_s: float) -> None:
+        """A worker's decode step took this long."""
+        for each in (cost, self._typical):
+            each.observe_step(batch, context_tokens, step_s)

@@ -1,0 +1,106 @@
+"""The Conductor's process: its gRPC service, with the directory of the cluster's members beside it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from perigee.kvstore.directory import InMemoryDirectory, member_to_pb
+from perigee.kvstore.directory_pb2_grpc import add_DirectoryServicer_to_server
+from perigee.scheduler import scheduler_pb2 as pb
+from perigee.scheduler import scheduler_pb2_grpc as rpc
+from perigee.scheduler.conductor import Conductor
+from perigee.scheduler.config import ConductorConfig
+from perigee.scheduler.driver import Driver, Outbox
+from perigee.scheduler.errors import InvalidMessage, SchedulerError
+from perigee.scheduler.ids import ServerId, WorkerId
+from perigee.scheduler.wire import command_to_pb, event_from_pb
+from perigee.workers.wire import card_to_pb, report_to_pb
+
+_log = logging.getLogger(__name__)
+
+# A prompt's block keys travel in one message, 34 bytes each.
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
+
+
+async def run(config: ConductorConfig) -> None:
+    """Serves until cancelled. Raises SchedulerError if `config.listen` cannot be listened on."""
+    directory = InMemoryDirectory()
+    driver = Driver(Conductor(), directory, config.tick_s)
+    server = grpc.aio.server(options=_OPTIONS)
+    # Milliseconds, so that a Conductor that comes later has a larger epoch.
+    rpc.add_ConductorServicer_to_server(ConductorService(driver, directory, time.time_ns() // 1_000_000), server)
+    add_DirectoryServicer_to_server(directory, server)
+    port = _listen(server, config.listen)
+    await server.start()
+    _log.info("conductor started listen=%s port=%d", config.listen, port)
+    try:
+        await driver.run()
+    finally:
+        await server.stop(grace=None)
+        _log.info("conductor stopped listen=%s", config.listen)
+
+
+def _listen(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        return server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise SchedulerError(f"listen: cannot listen on {listen!r}") from error
+
+
+class ConductorService(rpc.ConductorServicer):
+    """What front ends talk to."""
+
+    def __init__(self, driver: Driver, directory: InMemoryDirectory, epoch: int) -> None:
+        self._driver = driver
+        self._directory = directory
+        self._epoch = epoch
+
+    async def Attach(
+        self,
+        request_iterator: AsyncIterator[pb.ServerEvent],
+        context: "grpc.aio.ServicerContext[pb.ServerEvent, pb.Command]",
+    ) -> AsyncIterator[pb.Command]:
+        server, outbox = self._driver.attach()
+        reader = asyncio.create_task(self._read(server, request_iterator, outbox))
+        try:
+            while (command := await outbox.get()) is not None:
+                yield command_to_pb(command, self._epoch)
+            await reader
+        except InvalidMessage as error:
+            _log.warning("server sent what is invalid server=%s %s", server, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            reader.cancel()
+            self._driver.detach(server)
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, server: ServerId, requests: AsyncIterator[pb.ServerEvent], outbox: Outbox) -> None:
+        """Tells what the server says, until it ends the stream. Raises InvalidMessage."""
+        try:
+            async for message in requests:
+                self._driver.emit(event_from_pb(server, message))
+        finally:
+            outbox.put_nowait(None)
+
+    async def Cluster(
+        self,
+        request: pb.ClusterRequest,
+        context: "grpc.aio.ServicerContext[pb.ClusterRequest, pb.ClusterState]",
+    ) -> pb.ClusterState:
+        statuses = await self._driver.store_statuses()
+        view = self._driver.conductor.view
+        state = pb.ClusterState(epoch=self._epoch, ready=view.ready(self._driver.now))
+        if view.card is not None:
+            state.card.CopyFrom(card_to_pb(view.card))
+        for member in self._directory.members:
+            announced = member_to_pb(member)
+            if member.kind == "store":
+                state.stores.append(pb.StoreState(member=announced, status=statuses.get(member.id)))
+            else:
+                worker = view.workers.get(WorkerId(member.id))
+                report = report_to_pb(worker.report) if worker and worker.report else None
+                state.workers.append(pb.WorkerState(member=announced, report=report))
+        return state

@@ -1,0 +1,78 @@
+"""The cluster's own numbers as Prometheus metrics, read from its last known state at each scrape."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from perigee.scheduler import scheduler_pb2 as pb
+
+# Field of WorkerReport or StoreStatus -> metric, help.
+_WORKER_COUNTERS = {
+    "computed_prompt_tokens_total": ("perigee_worker_prompt_tokens_computed", "Prompt tokens that the worker computed"),
+    "cached_prompt_tokens_total": ("perigee_worker_prompt_tokens_cached", "Prompt tokens that it took from the cache"),
+    "output_tokens_total": ("perigee_worker_output_tokens", "Output tokens that it generated"),
+    "steps_total": ("perigee_worker_steps", "Engine steps"),
+}
+_WORKER_GAUGES = {
+    "queued_sequences": ("perigee_worker_queued_sequences", "Sequences waiting for pages or their turn"),
+    "queued_prefill_tokens": ("perigee_worker_queued_prefill_tokens", "Prompt tokens not computed yet"),
+    "running_sequences": ("perigee_worker_running_sequences", "Sequences in the batch"),
+    "context_tokens": ("perigee_worker_context_tokens", "Tokens of the sequences in the batch"),
+    "free_pages": ("perigee_worker_free_pages", "Pages of KV memory that nobody has reserved"),
+    "total_pages": ("perigee_worker_pages", "Pages of KV memory"),
+    "last_step_s": ("perigee_worker_last_step_seconds", "How long the last engine step took"),
+    "draining": ("perigee_worker_draining", "Whether it takes no new sequences"),
+}
+_STORE_COUNTERS = {
+    "stored_total": ("perigee_store_stored_blocks", "Blocks committed"),
+    "evicted_total": ("perigee_store_evicted_blocks", "Blocks evicted"),
+    "hit_blocks_total": ("perigee_store_hit_blocks", "Blocks asked for and found"),
+    "miss_blocks_total": ("perigee_store_miss_blocks", "Blocks asked for and not found"),
+    "bad_checksums_total": ("perigee_store_bad_checksums", "Blocks whose checksum was wrong"),
+}
+_STORE_GAUGES = {
+    "num_slots": ("perigee_store_slots", "Slots of the arena"),
+    "free_slots": ("perigee_store_free_slots", "Slots that hold nothing"),
+    "committed_blocks": ("perigee_store_committed_blocks", "Blocks that can be read"),
+    "leased_blocks": ("perigee_store_leased_blocks", "Blocks in use"),
+    "reserved_blocks": ("perigee_store_reserved_blocks", "Slots being written"),
+    "connections": ("perigee_store_connections", "Workers connected"),
+}
+
+
+class ClusterCollector(Collector):
+    """Metrics of every worker and store node. `state` gives the cluster's last known state."""
+
+    def __init__(self, state: Callable[[], pb.ClusterState | None]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state() or pb.ClusterState()
+        yield GaugeMetricFamily("perigee_ready", "Whether there is a worker for each phase", value=state.ready)
+        yield from _of_workers(state)
+        yield from _of_stores(state)
+        yield GaugeMetricFamily(
+            "perigee_orphaned_blocks",
+            "Blocks leased or reserved with no living owner",
+            value=sum(store.status.orphaned_blocks for store in state.stores),
+        )
+
+
+def _of_workers(state: pb.ClusterState) -> Iterator[Metric]:
+    for kind, fields in ((CounterMetricFamily, _WORKER_COUNTERS), (GaugeMetricFamily, _WORKER_GAUGES)):
+        for field, (name, text) in fields.items():
+            family = kind(name, text, labels=["worker", "role"])
+            for worker in state.workers:
+                family.add_metric([worker.member.id, worker.report.role], getattr(worker.report, field))
+            yield family
+
+
+def _of_stores(state: pb.ClusterState) -> Iterator[Metric]:
+    for kind, fields in ((CounterMetricFamily, _STORE_COUNTERS), (GaugeMetricFamily, _STORE_GAUGES)):
+        for field, (name, text) in fields.items():
+            family = kind(name, text, labels=["store"])
+            for store in state.stores:
+                family.add_metric([store.member.id], getattr(store.status, field))
+            yield family

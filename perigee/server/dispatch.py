@@ -1,0 +1,215 @@
+"""The life of a choice: placed by the Conductor, computed by workers, and taken up again when one of them fails."""
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+
+from perigee.scheduler import scheduler_pb2 as pb
+from perigee.server.conductor_client import ConductorClient, ConductorLost, Rejected, Talk
+from perigee.server.config import ServerConfig
+from perigee.server.errors import (
+    ContextLengthExceeded,
+    GenerationFailed,
+    InvalidRequest,
+    Overloaded,
+    TimedOut,
+    Unavailable,
+)
+from perigee.server.job import Job, Output, Progress, cached_by_tier
+from perigee.server.leg import AttemptFailed, Leg
+from perigee.server.metrics import Metrics
+from perigee.server.worker_pool import WorkerPool
+from perigee.workers.engine.sequence import FinishReason, Sequence
+from perigee.workers.messages import DecodeJoined, PrefillDone, StepOutput
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S = 1.0
+
+
+class Dispatcher:
+    """Drives choices to their end. It holds no state of its own: each choice's is on the stack of `run`."""
+
+    def __init__(self, conductor: ConductorClient, workers: WorkerPool, metrics: Metrics, config: ServerConfig) -> None:
+        self._conductor = conductor
+        self._workers = workers
+        self._metrics = metrics
+        self._config = config
+
+    async def run(self, job: Job, output: Output) -> None:
+        """Returns when `output` has all tokens. Cancelling it cancels the choice everywhere. Raises ApiError."""
+        progress = Progress(job, output)
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                await self._run(progress)
+        except TimeoutError:
+            raise TimedOut(f"no answer within {self._config.request_timeout_s:g} s") from None
+
+    async def _run(self, progress: Progress) -> None:
+        recovery = Recovery(self._config)
+        while True:
+            try:
+                return await self._attempt(progress, progress.sequence(recovery.attempt))
+            except AttemptFailed as failure:
+                self._metrics.failed_attempts.labels(failure.code).inc()
+                pause_s = recovery.after_failure(failure)
+            except Rejected as rejected:
+                pause_s = recovery.after_rejection(rejected.command)
+            await asyncio.sleep(pause_s)
+
+    async def _attempt(self, progress: Progress, sequence: Sequence) -> None:
+        with self._conductor.open(sequence.ref) as talk:
+            try:
+                await self._carry_out(progress, sequence, talk, await self._placed(progress, sequence, talk))
+            except AttemptFailed as failure:
+                logger.warning(
+                    "attempt failed ref=%s worker=%s code=%s tokens=%d message=%s",
+                    sequence.ref, failure.worker_id, failure.code, progress.num_tokens, failure.message,
+                )  # fmt: skip
+                talk.failed(failure.worker_id, failure.code)
+                raise
+            except Rejected as rejected:
+                logger.info("attempt rejected ref=%s message=%s", sequence.ref, rejected)
+                raise
+            except BaseException:
+                logger.info("attempt cancelled ref=%s tokens=%d", sequence.ref, progress.num_tokens)
+                talk.cancelled()
+                raise
+            logger.info("sequence finished ref=%s tokens=%d", sequence.ref, progress.num_tokens)
+            talk.finished(progress.num_tokens, progress.mean_tbt_s)
+
+    async def _placed(self, progress: Progress, sequence: Sequence, talk: Talk) -> pb.Dispatch:
+        """Where the Conductor wants the attempt to run; a Conductor that restarts meanwhile is asked again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.conductor_wait_s):
+                while True:
+                    await self._conductor.attached()
+                    age_s = time.monotonic() - progress.job.arrived_s
+                    with suppress(ConductorLost):
+                        return await talk.arrive(
+                            sequence.block_keys, len(sequence.token_ids), progress.remaining, age_s
+                        )
+        raise Unavailable("the Conductor does not answer")
+
+    async def _carry_out(self, progress: Progress, sequence: Sequence, talk: Talk, plan: pb.Dispatch) -> None:
+        ref = sequence.ref
+        logger.info("sequence dispatched ref=%s prefill=%s decode=%s", ref, plan.prefill.id, plan.decode.id)
+        with Leg(plan.prefill.id, (await self._workers.get(plan.prefill)).open(ref)) as prefill:
+            prefill.start(sequence, plan.prefill_source)
+            if plan.decode.id == plan.prefill.id or progress.remaining == 1:
+                await self._coupled(progress, talk, prefill)
+            else:
+                with Leg(plan.decode.id, (await self._workers.get(plan.decode)).open(ref)) as decode:
+                    decode.prepare(sequence, plan.decode_source)
+                    await self._disaggregated(progress, talk, prefill, decode, ref.attempt, plan.decode_source)
+
+    async def _coupled(self, progress: Progress, talk: Talk, worker: Leg) -> None:
+        if not await self._first_token(progress, talk, await worker.expect(PrefillDone)):
+            talk.joined()
+            await self._decode(progress, worker)
+
+    async def _disaggregated(
+        self, progress: Progress, talk: Talk, prefill: Leg, decode: Leg, attempt: int, source: str
+    ) -> None:
+        # Where the output ends with the first token, leaving the legs cancels both: prefill's leases, decode's pages.
+        if not await self._first_token(progress, talk, await _prefilled(prefill, decode)):
+            decode.start(progress.sequence(attempt), source)
+            await decode.expect(DecodeJoined)
+            prefill.joined()
+            talk.joined()
+            await self._decode(progress, decode)
+
+    async def _first_token(self, progress: Progress, talk: Talk, done: PrefillDone) -> bool:
+        """Takes the first token once the Conductor lets the attempt proceed. Returns whether it was the last, too."""
+        cached = cached_by_tier(done.cached_tokens_dram, done.cached_tokens_ssd, done.cached_tokens_remote)
+        progress.prefilled(sum(cached.values()))
+        with suppress(TimeoutError):  # a Conductor that hangs holds up nothing that it has admitted
+            async with asyncio.timeout(self._config.conductor_wait_s):
+                await talk.prefill_done(_report(progress, done, sum(cached.values())))
+        if not progress.admitted:
+            progress.admitted = True
+            self._metrics.count_cached(cached)
+        return self._add(progress, done)
+
+    async def _decode(self, progress: Progress, worker: Leg) -> None:
+        ended = False
+        while not ended:
+            step = await worker.expect(StepOutput)
+            if step.index != progress.num_tokens:
+                text = f"sent token {step.index} where token {progress.num_tokens} was due"
+                raise AttemptFailed(worker.worker_id, "internal", text)
+            ended = self._add(progress, step)
+        if step.finish_reason is not FinishReason.NOT_FINISHED:
+            worker.settle()
+
+    def _add(self, progress: Progress, said: PrefillDone | StepOutput) -> bool:
+        first = progress.num_tokens == 0
+        gap_s, ended = progress.add(said.token, said.finish_reason, time.monotonic())
+        (self._metrics.ttft if first else self._metrics.tbt).observe(gap_s)
+        self._metrics.output_tokens.inc()
+        return ended
+
+
+class Recovery:
+    """Decides, after a failure, whether and when to dispatch again."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.attempt = 0
+        self._config = config
+        self._failures = 0
+        self._failed_at_s = 0.0
+
+    def after_failure(self, failure: AttemptFailed) -> float:
+        """Seconds to wait before the next attempt: none at first. Raises ApiError if there is to be none."""
+        self.attempt += 1
+        self._failures += 1
+        self._failed_at_s = time.monotonic()
+        if failure.code == "invalid":
+            raise InvalidRequest(failure.message)
+        if self._failures >= self._config.max_attempts:
+            raise GenerationFailed(f"{self._failures} attempts failed, the last one with: {failure.code}")
+        return 0.0 if self._failures == 1 else min(0.1 * 2 ** (self._failures - 2), _LONGEST_PAUSE_S)
+
+    def after_rejection(self, reject: pb.Reject) -> float:
+        """A request that was admitted once waits for room; a new one is turned away, which raises ApiError."""
+        self.attempt += 1
+        waited_s = time.monotonic() - self._failed_at_s
+        if self._failures == 0 or reject.reason == pb.Reject.TOO_LARGE or waited_s > self._config.recovery_wait_s:
+            raise _refusal(reject)
+        return min(max(reject.retry_after_s, 0.05), _LONGEST_PAUSE_S)
+
+
+async def _prefilled(prefill: Leg, decode: Leg) -> PrefillDone:
+    """Waits for prefill, or for decode to fail: it says nothing else before its start."""
+    done = asyncio.ensure_future(prefill.expect(PrefillDone))
+    failed = asyncio.ensure_future(decode.expect(DecodeJoined))
+    try:
+        await asyncio.wait({done, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            failed.result()
+        return await done
+    finally:
+        done.cancel()
+        failed.cancel()
+        await asyncio.gather(done, failed, return_exceptions=True)
+
+
+def _report(progress: Progress, done: PrefillDone, cached_tokens: int) -> pb.PrefillDone:
+    return pb.PrefillDone(
+        cached_tokens=cached_tokens,
+        queue_s=done.queue_s,
+        load_s=done.load_s,
+        compute_s=done.compute_s,
+        ttft_s=time.monotonic() - progress.job.arrived_s,
+    )
+
+
+def _refusal(reject: pb.Reject) -> Exception:
+    match reject.reason:
+        case pb.Reject.TOO_LARGE:
+            return ContextLengthExceeded(reject.message)
+        case pb.Reject.UNAVAILABLE:
+            return Unavailable(reject.message, reject.retry_after_s)
+        case _:
+            return Overloaded(reject.message, reject.retry_after_s, reject.predicted_ttft_s, reject.predicted_tbt_s)

@@ -1,0 +1,133 @@
+"""One choice of a request: what it asks for, and what has come of it so far."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from perigee.kvstore import blocks
+from perigee.kvstore.blocks import BlockKey
+from perigee.workers.engine.sequence import FinishReason, Ref, Sampling, Sequence, Token
+from perigee.workers.messages import ModelCard
+
+
+class Output(Protocol):
+    """Where a choice's tokens go."""
+
+    def prefilled(self, cached_tokens: int) -> None:
+        """The prompt's blocks are committed; `cached_tokens` of it had not to be computed. Called once."""
+
+    def feed(self, token: Token, reason: FinishReason) -> bool:
+        """Takes the next token. Returns whether the output ends here, for `reason` or at a stop string."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the keys of their blocks."""
+
+    token_ids: tuple[int, ...]
+    block_keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One choice of a request, as every attempt at it starts. `deadline_s` is Unix time, `arrived_s` monotonic."""
+
+    request_id: str
+    choice: int
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+    card: ModelCard
+    salt: bytes
+    arrived_s: float
+    deadline_s: float
+
+
+class Progress:
+    """What has come of a job in all attempts so far. Owned by the dispatcher, which alone adds to it.
+
+    Times are of the monotonic clock.
+    """
+
+    def __init__(self, job: Job, output: Output) -> None:
+        self.job = job
+        self.admitted = False  # the Conductor said Proceed once, so the client may have heard of us
+        self._output = output
+        self._prefilled = False
+        self._tokens: list[int] = []
+        self._first_at_s = 0.0
+        self._last_at_s = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens so far."""
+        return len(self._tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Output tokens still to come at the most."""
+        return self.job.sampling.max_tokens - len(self._tokens)
+
+    @property
+    def mean_tbt_s(self) -> float:
+        """0 if there were fewer than two tokens."""
+        gaps = len(self._tokens) - 1
+        return (self._last_at_s - self._first_at_s) / gaps if gaps > 0 else 0.0
+
+    def sequence(self, attempt: int) -> Sequence:
+        """The prompt and all tokens received so far, for the given attempt."""
+        job = self.job
+        token_ids = job.prompt.token_ids + tuple(self._tokens)
+        return Sequence(
+            ref=Ref(job.request_id, job.choice, attempt),
+            token_ids=token_ids,
+            prompt_len=len(job.prompt.token_ids),
+            block_keys=self._block_keys(token_ids),
+            sampling=job.sampling,
+            seed=job.seed,
+            deadline_s=job.deadline_s,
+            salt=job.salt,
+        )
+
+    def prefilled(self, cached_tokens: int) -> None:
+        """Attempts after the first find their own blocks, which says nothing to the client."""
+        if not self._prefilled:
+            self._prefilled = True
+            self._output.prefilled(min(cached_tokens, len(self.job.prompt.token_ids)))
+
+    def add(self, token: Token, reason: FinishReason, now_s: float) -> tuple[float, bool]:
+        """Takes the next token. Returns the seconds since the last one (or arrival), and whether the output ended."""
+        gap_s = now_s - (self._last_at_s if self._tokens else self.job.arrived_s)
+        self._first_at_s = self._first_at_s if self._tokens else now_s
+        self._last_at_s = now_s
+        self._tokens.append(token.token)
+        if reason is FinishReason.NOT_FINISHED and self.remaining == 0:
+            reason = FinishReason.LENGTH
+        return gap_s, self._output.feed(token, reason)
+
+    def _block_keys(self, token_ids: tuple[int, ...]) -> tuple[BlockKey, ...]:
+        """Hashes only the blocks that hold output: the full blocks of the prompt have their keys already."""
+        size = self.job.card.block_tokens
+        known = self.job.prompt.block_keys
+        if len(token_ids) == len(self.job.prompt.token_ids):
+            return known
+        full = len(self.job.prompt.token_ids) // size
+        if full == 0:
+            return prompt_keys(self.job.card, token_ids, self.job.salt)
+        # The salt is in block 0, which is among the known.
+        return known[:full] + tuple(blocks.chain(known[full - 1], token_ids[full * size :], size))
+
+
+def prompt_keys(card: ModelCard, token_ids: tuple[int, ...], salt: bytes) -> tuple[BlockKey, ...]:
+    """The keys of all blocks of `token_ids`, private to the tenant of `salt` from the first on."""
+    return tuple(blocks.chain(BlockKey(card.namespace), token_ids, card.block_tokens, salt))
+
+
+def by_choice(job: Job, choices: range) -> list[Job]:
+    """The job once for each choice. They share a seed: randomness is drawn from it and the choice's number."""
+    return [replace(job, choice=choice) for choice in choices]
+
+
+def cached_by_tier(dram: int, ssd: int, remote: int) -> Mapping[str, int]:
+    """As the metrics label it."""
+    return {"dram": dram, "ssd": ssd, "remote": remote}

@@ -1,0 +1,199 @@
+"""`perigee up`: a whole cluster on this machine, each part of it a process."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ByteSize, Field, field_validator
+
+from perigee.configuration import ConfigurationError, as_flags
+from perigee.kvstore.blocks import DType
+from perigee.kvstore.config import StoreConfig
+from perigee.scheduler.config import ConductorConfig
+from perigee.server.config import ServerConfig
+from perigee.supervisor import Children, ChildSpec, run_directory
+from perigee.workers.config import Role, WorkerConfig
+from perigee.workers.model.checkpoint import DEFAULT_MODEL, resolve
+from perigee.workers.model.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+
+
+class UpConfig(BaseModel, frozen=True, extra="forbid"):
+    """A cluster on this machine: server, Conductor, one store node, prefill and decode workers."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
+    api_keys_file: Path | None = Field(None, description="file of `name:key` lines; needed beyond loopback")
+    model: str = Field(
+        DEFAULT_MODEL, min_length=1, description="a directory in Hugging Face layout, a .gguf file or a built-in name"
+    )
+    served_model_name: str | None = Field(None, description="what the API calls it, if not by the name it came with")
+    prefill: int = Field(1, ge=1, description="number of prefill workers")
+    decode: int = Field(1, ge=1, description="number of decode workers")
+    dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
+    block_tokens: int = Field(32, ge=1, description="tokens a KVCache block, a power of two")
+    dram_bytes: ByteSize = Field(
+        ByteSize(1 << 30), gt=0, description="memory that the store node keeps blocks in, such as 512MiB or 2GiB"
+    )
+    kv_tokens: int = Field(65536, ge=1, description="tokens that each worker's KV pool holds")
+    max_batched_tokens: int = Field(512, ge=1, description="tokens that a worker computes in one step at most")
+    max_sequences: int = Field(32, ge=1, description="sequences that a worker holds at once at most")
+    max_context: int = Field(0, ge=0, description="positions a sequence may have; 0: as many as the model has")
+    threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: an even share of the cores")
+    grace_s: float = Field(5.0, gt=0, description="how long the processes may take to end, in seconds")
+
+    @field_validator("block_tokens")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("allowed are powers of two")
+        return value
+
+    @property
+    def model_name(self) -> str:
+        """What the API calls the model."""
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
+
+    @property
+    def worker_threads(self) -> int:
+        cores = len(os.sched_getaffinity(0))
+        return self.threads or max(1, cores // (self.prefill + self.decode))
+
+
+async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
+    """Runs the cluster until cancelled, or until one of its processes ends: then the exit code is 1.
+
+    `process_flags` go to each process besides its configuration. Raises ConfigurationError for a port that is taken or
+    a model that is not there, before anything is started.
+    """
+    port = _free_port(config.host, config.port)
+    model = await _resolve(config)
+    with run_directory() as directory:
+        async with Children(directory, config.grace_s) as children:
+            for spec in plan(config, port, model, directory, process_flags):
+                await children.start(spec)
+            ready = asyncio.create_task(_announce(config.host, port))
+            try:
+                death = await children.first_death()
+            finally:
+                ready.cancel()
+            logger.error("ending the cluster because %s", death)
+    return 1
+
+
+def plan(
+    config: UpConfig, port: int, model: Path, directory: Path, process_flags: Sequence[str]
+) -> Iterator[ChildSpec]:
+    """The processes of the cluster, each after those that it needs. `directory` is for their sockets."""
+    conductor = f"unix:{directory}/conductor.sock"
+    store = StoreConfig(
+        id="store-0",
+        listen=f"unix:{directory}/store-0.grpc.sock",
+        socket=directory / "store-0.sock",
+        directory=conductor,
+        dram_bytes=config.dram_bytes,
+    )
+    server = ServerConfig(
+        host=config.host,
+        port=port,
+        api_keys_file=config.api_keys_file,
+        conductor=conductor,
+        model=str(model),
+        dtype=config.dtype,
+        served_model_name=config.model_name,
+    )
+    yield _child("conductor", 0, "conductor", ConductorConfig(listen=conductor), process_flags)
+    yield _child("store-0", 1, "store", store, process_flags)
+    for worker in _workers(config, model, directory, store):
+        yield _child(worker.id, 2, "worker", worker, process_flags, {"OMP_NUM_THREADS": str(worker.threads)})
+    yield _child("server", 3, "server", server, process_flags)
+
+
+def _workers(config: UpConfig, model: Path, directory: Path, store: StoreConfig) -> Iterator[WorkerConfig]:
+    roles: list[tuple[Role, int]] = [("prefill", config.prefill), ("decode", config.decode)]
+    for role, count in roles:
+        for index in range(count):
+            yield WorkerConfig(
+                id=f"{role}-{index}",
+                role=role,
+                model=str(model),
+                served_model_name=config.model_name,
+                listen=f"unix:{directory}/{role}-{index}.sock",
+                store=store.socket,
+                store_id=store.id,
+                directory=store.directory,
+                dtype=config.dtype,
+                block_tokens=config.block_tokens,
+                kv_tokens=config.kv_tokens,
+                max_batched_tokens=config.max_batched_tokens,
+                max_sequences=config.max_sequences,
+                max_context=config.max_context,
+                threads=config.worker_threads,
+            )
+
+
+def _child(
+    name: str,
+    tier: int,
+    command: str,
+    config: BaseModel,
+    process_flags: Sequence[str],
+    environment: dict[str, str] | None = None,
+) -> ChildSpec:
+    return ChildSpec(name, tier, [command, *as_flags(config), *process_flags], environment or {})
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises ConfigurationError if it cannot be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except socket.gaierror as error:
+        raise ConfigurationError(
+            [f"--host: {host!r}: {error.strerror}; allowed is an address of this machine"]
+        ) from error
+    except OSError as error:
+        reason = (
+            "is taken by another process" if error.errno == errno.EADDRINUSE else f"{os.strerror(error.errno or 0)}"
+        )
+        raise ConfigurationError(
+            [f"--port: {port} on {host} {reason}; allowed are free ports, or 0 for any"]
+        ) from error
+
+
+async def _resolve(config: UpConfig) -> Path:
+    try:
+        return await asyncio.to_thread(resolve, config.model, config.dtype)
+    except CheckpointError as error:
+        raise ConfigurationError([f"--model: {str(error).removeprefix('model: ')}"]) from error
+
+
+async def _announce(host: str, port: int) -> None:
+    """Says on standard output that the API answers, as soon as it does."""
+    while not await _is_healthy(host, port):  # noqa: ASYNC110  # of another process there is no event to await
+        await asyncio.sleep(_POLL_S)
+    sys.stdout.write(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}\n")
+    sys.stdout.flush()
+
+
+async def _is_healthy(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+            return (await reader.readline()).split()[1:2] == [b"200"]
+        finally:
+            writer.close()
+    return False

@@ -1,0 +1,13 @@
+"""Fixtures for every package's tests."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_llama as tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a seeded random Llama of about a million parameters, in Hugging Face layout."""
+    return tiny.write(tmp_path_factory.mktemp("tiny-llama"))

@@ -1,0 +1,200 @@
+"""What clients are told when they cannot have what they asked for, and that nobody else is harmed by it."""
+
+import json
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from perigee.scheduler import scheduler_pb2 as pb
+from tests.server.conftest import Cluster, fronted
+from tests.server.fakes import reject
+
+COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "x"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+
+
+async def post(url: str, data: bytes | str, **headers: str) -> tuple[int, dict[str, Any]]:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url, data=data, headers={"content-type": "application/json", **headers}) as response,
+    ):
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "9"}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": 7}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"min_tokens": 20}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"model": None}, "model"),
+    ],
+)
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+async def test_a_bad_field_is_named(front: Cluster, endpoint: str, change: dict[str, Any], param: str) -> None:
+    body = (COMPLETION if endpoint == "completions" else CHAT) | {"max_tokens": 16} | change
+    status, answer = await post(f"{front.url}/v1/{endpoint}", json.dumps(body))
+    assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, param, "invalid_request_error")
+    assert param in answer["error"]["message"]
+    assert front.conductor.heard.items == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (COMPLETION | {"prompt": []}, "prompt"),
+        (COMPLETION | {"prompt": ""}, "prompt"),
+        (COMPLETION | {"prompt": [1, "a"]}, "prompt"),
+        (COMPLETION | {"prompt": [[1], []]}, "prompt"),
+        (COMPLETION | {"prompt": [-1]}, "prompt"),
+        (COMPLETION | {"prompt": [100_000]}, "prompt"),
+        (COMPLETION | {"prompt": {"a": 1}}, "prompt"),
+        (COMPLETION | {"logprobs": 21}, "logprobs"),
+        (COMPLETION | {"logprobs": 1, "echo": True}, "echo"),
+        (COMPLETION | {"suffix": "y"}, "suffix"),
+        (COMPLETION | {"best_of": 3}, "best_of"),
+        ({"model": "tiny"}, "prompt"),
+        ({"prompt": "x"}, "model"),
+    ],
+)
+async def test_a_bad_completion_request_is_refused(front: Cluster, body: dict[str, Any], param: str) -> None:
+    status, answer = await post(f"{front.url}/v1/completions", json.dumps(body))
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (CHAT | {"messages": []}, "messages"),
+        (CHAT | {"messages": "x"}, "messages"),
+        (CHAT | {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        (CHAT | {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (CHAT | {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT | {"tools": [{"type": "function"}]}, "tools"),
+    ],
+)
+async def test_a_bad_chat_request_is_refused(front: Cluster, body: dict[str, Any], param: str) -> None:
+    status, answer = await post(f"{front.url}/v1/chat/completions", json.dumps(body))
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("data", [b"{", b"", b"[1", b'{"model": "\xff"}', b"[" * 100_000])
+async def test_what_is_not_json_is_refused(front: Cluster, data: bytes) -> None:
+    status, answer = await post(f"{front.url}/v1/completions", data)
+    assert status == 400
+    assert "not valid JSON" in answer["error"]["message"]
+
+
+async def test_what_does_not_claim_to_be_json_is_refused(front: Cluster) -> None:
+    status, answer = await post(f"{front.url}/v1/completions", json.dumps(COMPLETION), **{"content-type": "text/plain"})
+    assert (status, answer["error"]["type"]) == (415, "invalid_request_error")
+
+
+async def test_a_prompt_longer_than_the_context_is_refused(front: Cluster, client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="tiny", prompt=[1] * front.card.max_context)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x " * 300}])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+async def test_an_output_limit_beyond_the_context_is_refused(front: Cluster, client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], max_completion_tokens=front.card.max_context
+        )
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_completion_tokens")
+
+
+async def test_another_model_is_not_found(front: Cluster, client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.completions.create(model="huge", prompt="x")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("huge")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_too_large_a_body_is_refused_and_harms_nobody(cluster: Cluster, announced: bool) -> None:
+    body = json.dumps(COMPLETION | {"prompt": "x" * 100_000}).encode()
+
+    async def chunks() -> Any:
+        for start in range(0, len(body), 1000):
+            yield body[start : start + 1000]
+
+    async with fronted(cluster, max_body_bytes=4096) as front, front.client() as client:
+        status, answer = await post(f"{front.url}/v1/completions", body if announced else chunks())
+        assert (status, answer["error"]["code"]) == (413, "request_too_large")
+        front.answers("hello")
+        assert (await client.completions.create(model="tiny", prompt="x", max_tokens=1)).choices[0].text
+
+
+async def test_unknown_paths_and_methods_get_the_same_form(front: Cluster) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{front.url}/v1/nothing") as response:
+            assert response.status == 404
+            assert (await response.json())["error"]["type"] == "invalid_request_error"
+        async with session.get(f"{front.url}/v1/completions") as response:
+            assert (response.status, response.headers["allow"]) == (405, "POST")
+            assert "GET /v1/completions" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+async def test_overload_is_429_with_retry_after_and_predictions(
+    front: Cluster, client: AsyncOpenAI, stream: bool, late: bool
+) -> None:
+    front.answers("hello world")
+    (front.conductor.answers_prefill_done if late else front.conductor.answers).append(reject())
+    with pytest.raises(openai.RateLimitError) as caught:
+        await client.completions.create(model="tiny", prompt="x", stream=stream)
+    assert caught.value.response.headers["retry-after"] == "4"
+    assert caught.value.response.headers["x-request-id"].startswith("cmpl-")
+    assert isinstance(caught.value.body, dict)
+    assert (caught.value.body["predicted_ttft_s"], caught.value.body["predicted_tbt_s"]) == (9.0, 0.5)
+    if late:
+        await front.prefill.hears("cancel")
+        await front.decode.hears("cancel")
+
+
+async def test_a_missing_role_is_503_and_what_never_fits_is_400(front: Cluster, client: AsyncOpenAI) -> None:
+    front.conductor.answers += [reject(pb.Reject.UNAVAILABLE), reject(pb.Reject.TOO_LARGE)]
+    with pytest.raises(openai.InternalServerError) as unavailable:
+        await client.completions.create(model="tiny", prompt="x")
+    assert (unavailable.value.status_code, unavailable.value.response.headers["retry-after"]) == (503, "4")
+    with pytest.raises(openai.BadRequestError) as too_large:
+        await client.completions.create(model="tiny", prompt="x")
+    assert too_large.value.code == "context_length_exceeded"
+
+
+async def test_one_rejected_choice_ends_the_others(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers("hello world")
+    front.prefill.wait_at = 0
+    front.conductor.answers += [pb.Command(dispatch=front.conductor.dispatch()), reject()]
+    with pytest.raises(openai.RateLimitError):
+        await client.completions.create(model="tiny", prompt=["a", "b"])
+    await front.prefill.hears("cancel")
+    await front.conductor.hears("cancelled")
