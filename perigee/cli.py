@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import inspect
 import logging
 import os
@@ -52,7 +53,13 @@ COMMANDS = (
         "perigee.up:run",
         supervises=True,
     ),
-    Command("server", "the HTTP front end", "perigee.server.config:ServerConfig", "perigee.server.app:run"),
+    Command(
+        "server",
+        "the HTTP front end",
+        "perigee.server.config:ServerConfig",
+        "perigee.server.app:run",
+        errors=("perigee.workers.model.errors:ModelError", "perigee.server.tenants:KeysFileError", "builtins:OSError"),
+    ),
     Command(
         "conductor",
         "the scheduler, with the directory of the cluster's members",
@@ -108,6 +115,9 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        # What is left goes with the process. To look for garbage in it first takes most of a second after torch.
+        gc.freeze()
 
 
 def _overview() -> str:

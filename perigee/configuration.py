@@ -75,7 +75,12 @@ def load(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigurationError([_problem(model, problem, origins) for problem in error.errors()]) from error
+        raise explained(error, model, origins) from error
+
+
+def explained(error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]) -> ConfigurationError:
+    """What is wrong with a `model`. `origins` says for each field where its value came from, if not from its flag."""
+    return ConfigurationError([_problem(problem, model, origins) for problem in error.errors()])
 
 
 def as_flags(config: BaseModel) -> list[str]:
@@ -113,7 +118,7 @@ def _from_file(file: Path | None, command: str, sections: Collection[str]) -> di
     return {str(name).replace("-", "_"): value for name, value in section.items()}
 
 
-def _problem(model: type[BaseModel], problem: ErrorDetails, origins: Mapping[str, str]) -> str:
+def _problem(problem: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str]) -> str:
     if not problem["loc"]:
         # A rule about several fields: its message names them.
         return problem["msg"].removeprefix("Value error, ")

@@ -59,6 +59,7 @@ class Children:
 
     def __init__(self, run_directory: Path, grace_s: float) -> None:
         self._run_directory = run_directory
+        self._temporary = {"TMPDIR": str(run_directory)}  # so that what libraries leave there goes, too
         self._grace_s = grace_s
         self._lifeline, self._held = os.pipe()  # reading end for the children, writing end for us alone
         self._children: list[_Child] = []
@@ -82,7 +83,7 @@ class Children:
             *(f"--lifeline={self._lifeline}", f"--run-directory={self._run_directory}"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
-            env={**_QUIET, **os.environ, **spec.environment},
+            env={**_QUIET, **os.environ, **self._temporary, **spec.environment},
             pass_fds=(self._lifeline,),
             start_new_session=True,
         )
@@ -157,7 +158,7 @@ def _remove_abandoned() -> None:
 
 def _is_abandoned(path: Path) -> bool:
     status = path.lstat()
-    if status.st_uid != os.getuid() or time.time() - status.st_ctime < _UNLOCKED_AGE_S:
+    if status.st_uid != os.getuid() or time.time() - status.st_mtime < _UNLOCKED_AGE_S:
         return False
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

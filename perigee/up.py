@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ByteSize, Field, field_validator
+from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator
 
-from perigee.configuration import ConfigurationError, as_flags
+from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.blocks import DType
 from perigee.kvstore.config import StoreConfig
 from perigee.scheduler.config import ConductorConfig
@@ -49,7 +49,7 @@ class UpConfig(BaseModel, frozen=True, extra="forbid"):
     max_sequences: int = Field(32, ge=1, description="sequences that a worker holds at once at most")
     max_context: int = Field(0, ge=0, description="positions a sequence may have; 0: as many as the model has")
     threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: an even share of the cores")
-    grace_s: float = Field(5.0, gt=0, description="how long the processes may take to end, in seconds")
+    grace_s: float = Field(10.0, gt=0, description="how long the processes may take to end, in seconds")
 
     @field_validator("block_tokens")
     @classmethod
@@ -78,8 +78,9 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     port = _free_port(config.host, config.port)
     model = await _resolve(config)
     with run_directory() as directory:
+        specs = _checked(plan(config, port, model, directory, process_flags))
         async with Children(directory, config.grace_s) as children:
-            for spec in plan(config, port, model, directory, process_flags):
+            for spec in specs:
                 await children.start(spec)
             ready = asyncio.create_task(_announce(config.host, port))
             try:
@@ -150,6 +151,14 @@ def _child(
     environment: dict[str, str] | None = None,
 ) -> ChildSpec:
     return ChildSpec(name, tier, [command, *as_flags(config), *process_flags], environment or {})
+
+
+def _checked(specs: Iterator[ChildSpec]) -> list[ChildSpec]:
+    """Raises ConfigurationError for what suits us, but not the process that it is meant for."""
+    try:
+        return list(specs)
+    except ValidationError as error:
+        raise explained(error, UpConfig, {}) from error
 
 
 def _free_port(host: str, port: int) -> int:

@@ -1,0 +1,1 @@
+"""The Conductor: decides where every request runs, purely, and a driver that carries its decisions out."""

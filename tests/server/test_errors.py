@@ -24,87 +24,41 @@ async def post(url: str, data: bytes | str, **headers: str) -> tuple[int, dict[s
         return response.status, await response.json()
 
 
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"temperature": "warm"}, "temperature"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_k": 1.5}, "top_k"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": "9"}, "max_tokens"),
-        ({"n": 0}, "n"),
-        ({"n": 1000}, "n"),
-        ({"seed": 2**64}, "seed"),
-        ({"stop": 7}, "stop"),
-        ({"stop": [""]}, "stop[0]"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
-        ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"min_tokens": 20}, "min_tokens"),
-        ({"presence_penalty": 3}, "presence_penalty"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"model": None}, "model"),
-    ],
-)
-@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
-async def test_a_bad_field_is_named(front: Cluster, endpoint: str, change: dict[str, Any], param: str) -> None:
-    body = (COMPLETION if endpoint == "completions" else CHAT) | {"max_tokens": 16} | change
-    status, answer = await post(f"{front.url}/v1/{endpoint}", json.dumps(body))
-    assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, param, "invalid_request_error")
-    assert param in answer["error"]["message"]
+async def test_a_bad_field_is_named_before_anybody_else_hears_of_the_request(front: Cluster) -> None:
+    for endpoint, body in (("completions", COMPLETION), ("chat/completions", CHAT)):
+        status, answer = await post(f"{front.url}/v1/{endpoint}", json.dumps(body | {"temperature": "warm"}))
+        error = answer["error"]
+        assert (status, error["param"], error["type"], error["code"]) == (
+            400, "temperature", "invalid_request_error", None,
+        )  # fmt: skip
+        assert "temperature: " in error["message"] and "'warm'" in error["message"]
     assert front.conductor.heard.items == []
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        (COMPLETION | {"prompt": []}, "prompt"),
-        (COMPLETION | {"prompt": ""}, "prompt"),
-        (COMPLETION | {"prompt": [1, "a"]}, "prompt"),
-        (COMPLETION | {"prompt": [[1], []]}, "prompt"),
-        (COMPLETION | {"prompt": [-1]}, "prompt"),
-        (COMPLETION | {"prompt": [100_000]}, "prompt"),
-        (COMPLETION | {"prompt": {"a": 1}}, "prompt"),
-        (COMPLETION | {"logprobs": 21}, "logprobs"),
-        (COMPLETION | {"logprobs": 1, "echo": True}, "echo"),
-        (COMPLETION | {"suffix": "y"}, "suffix"),
-        (COMPLETION | {"best_of": 3}, "best_of"),
-        ({"model": "tiny"}, "prompt"),
-        ({"prompt": "x"}, "model"),
-    ],
-)
-async def test_a_bad_completion_request_is_refused(front: Cluster, body: dict[str, Any], param: str) -> None:
-    status, answer = await post(f"{front.url}/v1/completions", json.dumps(body))
-    assert (status, answer["error"]["param"]) == (400, param)
+async def test_what_only_the_model_can_tell_is_checked_too(front: Cluster) -> None:
+    refused = {
+        "prompt": ({"prompt": ""}, {"prompt": [100_000]}),
+        "n": ({"n": 1000}, {"n": 100, "prompt": ["x", "y"]}),
+        "min_tokens": ({"min_tokens": 20},),
+    }
+    for param, changes in refused.items():
+        for change in changes:
+            status, answer = await post(f"{front.url}/v1/completions", json.dumps(COMPLETION | change))
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert param in answer["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        (CHAT | {"messages": []}, "messages"),
-        (CHAT | {"messages": "x"}, "messages"),
-        (CHAT | {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
-        (CHAT | {"messages": [{"role": "user"}]}, "messages[0].content"),
-        (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        (CHAT | {"top_logprobs": 2}, "top_logprobs"),
-        (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        (CHAT | {"tools": [{"type": "function"}]}, "tools"),
-    ],
-)
-async def test_a_bad_chat_request_is_refused(front: Cluster, body: dict[str, Any], param: str) -> None:
-    status, answer = await post(f"{front.url}/v1/chat/completions", json.dumps(body))
-    assert (status, answer["error"]["param"]) == (400, param)
+async def test_a_conversation_that_the_template_refuses_is_the_clients_error(front: Cluster) -> None:
+    messages = [{"role": "user", "content": "refuse me"}]
+    status, answer = await post(f"{front.url}/v1/chat/completions", json.dumps(CHAT | {"messages": messages}))
+    assert (status, answer["error"]["param"]) == (400, "messages")
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"[1", b'{"model": "\xff"}', b"[" * 100_000])
-async def test_what_is_not_json_is_refused(front: Cluster, data: bytes) -> None:
-    status, answer = await post(f"{front.url}/v1/completions", data)
-    assert status == 400
-    assert "not valid JSON" in answer["error"]["message"]
+async def test_what_is_not_json_is_refused(front: Cluster) -> None:
+    for data in (b"{", b"", b"[1", b'{"model": "\xff"}', b"[" * 100_000):
+        status, answer = await post(f"{front.url}/v1/completions", data)
+        assert status == 400
+        assert "not valid JSON" in answer["error"]["message"]
 
 
 async def test_what_does_not_claim_to_be_json_is_refused(front: Cluster) -> None:
