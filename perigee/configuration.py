@@ -72,6 +72,8 @@ def load(
             values[name], origins[name] = environ[variable], variable
         if name in flags:
             values[name], origins[name] = flags[name], name.upper() if name in positional else _flag(name)
+        if get_origin(model.model_fields[name].annotation) is tuple and isinstance(values.get(name), str):
+            values[name] = values[name].split(",")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -91,7 +93,12 @@ def as_flags(config: BaseModel) -> list[str]:
 def _as_flag(flag: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)
-    return f"{flag}={value}"
+    return f"{flag}={_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """As one says it in a flag."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _flag(name: str) -> str:
@@ -137,7 +144,7 @@ def _default_text(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if default is None or default == "":
         return ""
-    return f"[default: {default.human_readable() if isinstance(default, ByteSize) else default}]"
+    return f"[default: {default.human_readable() if isinstance(default, ByteSize) else _shown(default)}]"
 
 
 def _metavar(annotation: Any) -> str:
@@ -146,5 +153,7 @@ def _metavar(annotation: Any) -> str:
         return _metavar(next(option for option in get_args(annotation) if option is not type(None)))
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if get_origin(annotation) is tuple:
+        return f"{_metavar(get_args(annotation)[0])},…"
     names = {int: "N", float: "X", Path: "PATH", ByteSize: "SIZE"}
     return names.get(annotation, "TEXT")

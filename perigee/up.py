@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 
 
+# What is passed on to the workers has their defaults.
+_WORKER = WorkerConfig.model_fields
+
+
 class UpConfig(BaseModel, frozen=True, extra="forbid"):
     """A cluster on this machine: server, Conductor, one store node, prefill and decode workers."""
 
@@ -40,15 +44,23 @@ class UpConfig(BaseModel, frozen=True, extra="forbid"):
     prefill: int = Field(1, ge=1, description="number of prefill workers")
     decode: int = Field(1, ge=1, description="number of decode workers")
     dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
-    block_tokens: int = Field(32, ge=1, description="tokens a KVCache block, a power of two")
+    block_tokens: int = Field(
+        _WORKER["block_tokens"].default, ge=1, description="tokens a KVCache block, a power of two"
+    )
     dram_bytes: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="memory that the store node keeps blocks in, such as 512MiB or 2GiB"
     )
-    kv_tokens: int = Field(65536, ge=1, description="tokens that each worker's KV pool holds")
-    max_batched_tokens: int = Field(512, ge=1, description="tokens that a worker computes in one step at most")
-    max_sequences: int = Field(32, ge=1, description="sequences that a worker holds at once at most")
-    max_context: int = Field(0, ge=0, description="positions a sequence may have; 0: as many as the model has")
-    threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: an even share of the cores")
+    kv_tokens: int = Field(_WORKER["kv_tokens"].default, ge=1, description="tokens that each worker's KV pool holds")
+    max_batched_tokens: int = Field(
+        _WORKER["max_batched_tokens"].default, ge=1, description="tokens that a worker computes in one step at most"
+    )
+    max_sequences: int = Field(
+        _WORKER["max_sequences"].default, ge=1, description="sequences that a worker holds at once at most"
+    )
+    max_context: int = Field(
+        _WORKER["max_context"].default, ge=0, description="positions a sequence may have; 0: as many as the model has"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: one a core")
     grace_s: float = Field(10.0, gt=0, description="how long the processes may take to end, in seconds")
 
     @field_validator("block_tokens")
@@ -65,8 +77,7 @@ class UpConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def worker_threads(self) -> int:
-        cores = len(os.sched_getaffinity(0))
-        return self.threads or max(1, cores // (self.prefill + self.decode))
+        return self.threads or len(os.sched_getaffinity(0))
 
 
 async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
@@ -115,7 +126,7 @@ def plan(
     yield _child("conductor", 0, "conductor", ConductorConfig(listen=conductor), process_flags)
     yield _child("store-0", 1, "store", store, process_flags)
     for worker in _workers(config, model, directory, store):
-        yield _child(worker.id, 2, "worker", worker, process_flags, {"OMP_NUM_THREADS": str(worker.threads)})
+        yield _child(worker.id, 2, "worker", worker, process_flags, _openmp(worker.threads))
     yield _child("server", 3, "server", server, process_flags)
 
 
@@ -140,6 +151,11 @@ def _workers(config: UpConfig, model: Path, directory: Path, store: StoreConfig)
                 max_context=config.max_context,
                 threads=config.worker_threads,
             )
+
+
+def _openmp(threads: int) -> dict[str, str]:
+    """Workers share the cores: a thread that has nothing to do must leave its core to another worker's."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
 
 
 def _child(

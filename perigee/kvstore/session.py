@@ -74,7 +74,8 @@ class Sessions:
         self._feed = feed
         self._sessions: dict[int, Session] = {}
         self._connections = itertools.count(1)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at: float | None = None  # kept here because uvloop's handles do not all tell when they are due
 
     def new(self, worker_id: str) -> Session:
         return Session(self, next(self._connections), worker_id)
@@ -148,14 +149,15 @@ class Sessions:
 
     def _set_timer(self) -> None:
         deadline = self.store.next_deadline()
-        if self._timer and self._timer.when() != deadline:
+        if deadline == self._timer_at:
+            return
+        if self._timer:
             self._timer.cancel()
-            self._timer = None
-        if deadline is not None and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+        self._timer_at = deadline
+        self._timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, self._expire)
 
     def _expire(self) -> None:
-        self._timer = None
+        self._timer = self._timer_at = None
         self._finish(self.store.expire(_now()))
 
 

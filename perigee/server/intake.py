@@ -22,7 +22,7 @@ from perigee.workers.messages import ModelCard
 
 R = TypeVar("R", bound=GenerationRequest)
 
-# Tokenizing takes about a microsecond a character; more than this is done beside the event loop.
+# Tokenizing takes a few microseconds a character; more than this is done beside the event loop.
 _LARGE_CHARACTERS = 2000
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perigee.workers.engine.sequence import FinishReason, Token
-from perigee.workers.model.tokenizer import Detokenizer, Tokenizer
+from perigee.workers.model.detokenizer import Detokenizer
+from perigee.workers.model.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length"]
 _FINISH: dict[FinishReason, Finish] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}

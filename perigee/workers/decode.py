@@ -17,7 +17,8 @@ async def decode(host: Host, session: Session, source: str) -> None:
             async for blocks in group.fetch(session.sequence.block_keys, host.store_wait_s, source):
                 await host.load(active, blocks)
         await session.started.wait()
-        await host.thread.call(host.thread.engine.join, active, session.sequence)
+        assert session.first is not None
+        await host.thread.call(host.thread.engine.join, active, session.first)
         session.send(joined_to_pb(DecodeJoined(session.ref)))
         await session.finished.wait()
         await session.saved()

@@ -76,7 +76,7 @@ class Session:
     `slots` and `record` are read by the engine's thread, and are complete before the sequence is made ready.
     """
 
-    sequence: Sequence
+    sequence: Sequence  # as it was opened; its block keys name what decode fetches
     send: Send  # to the server that owns the request
     chain: KeyChain
     active: Active | None = None  # once it holds pages
@@ -84,7 +84,8 @@ class Session:
     record: PrefillRecord | None = None  # until the first token is out, where this worker prefills
     slots: dict[int, Reservation] = field(default_factory=dict)  # block index → where it goes
     saves: set[asyncio.Task[None]] = field(default_factory=set)  # blocks on their way into the store
-    started: asyncio.Event = field(default_factory=asyncio.Event)  # decode: `sequence` has prefill's token
+    first: Sequence | None = None  # decode: `sequence` with the token that prefill sampled, once it is `started`
+    started: asyncio.Event = field(default_factory=asyncio.Event)
     sampled: asyncio.Event = field(default_factory=asyncio.Event)  # the first token is out
     finished: asyncio.Event = field(default_factory=asyncio.Event)  # the last token is out
     joined: asyncio.Event = field(default_factory=asyncio.Event)  # prefill: decode has the blocks
@@ -94,8 +95,8 @@ class Session:
         return self.sequence.ref
 
     def start(self, sequence: Sequence) -> None:
-        """Decode: `sequence` is what was prepared, with the token that prefill sampled."""
-        self.sequence = sequence
+        """Decode: `sequence` is what was prepared, with the token that prefill sampled. It may come at any time."""
+        self.first = sequence
         self.started.set()
 
     async def saved(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from perigee.kvstore.blocks import PayloadLayout
 from perigee.workers.engine.pages import PageTable
+from perigee.workers.kernels.base import DecodeBatch
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +37,7 @@ class StepBatch:
     positions: Tensor  # [tokens] int64
     rows: Tensor  # [tokens] int64: where in the pool each token's keys and values go
     spans: tuple[Span, ...]
+    decode: DecodeBatch | None  # where every sequence has one token
 
 
 class KVPool:

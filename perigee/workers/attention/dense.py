@@ -5,17 +5,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perigee.workers.attention.base import Span, StepBatch
+from perigee.workers.kernels.base import Kernels
 
 
 class DenseAttention:
     """Scaled dot-product attention, one sequence at a time, over contiguous views of the pool where there are."""
 
-    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_kv_heads: int, head_dim: int, kernels: Kernels) -> None:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.kernels = kernels
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: StepBatch) -> Tensor:
         """See `Attention.attend`."""
+        if batch.decode and (attended := self.kernels.attend_decode(q, keys, values, batch.decode)) is not None:
+            return attended
         if len(batch.spans) == 1:
             return self._attend_span(q, keys, values, batch.spans[0])
         out = torch.empty_like(q)

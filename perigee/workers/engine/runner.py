@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from perigee.kvstore.blocks import num_blocks
 from perigee.workers.attention.base import KVPool, Span, StepBatch
 from perigee.workers.engine.batcher import Active, Chunk
 from perigee.workers.engine.pages import PageTable
 from perigee.workers.engine.sampler import Draw, sample
 from perigee.workers.engine.sequence import Token
+from perigee.workers.kernels.base import DecodeBatch
 from perigee.workers.model.weights import Model
 
 
@@ -38,7 +40,8 @@ class Runner:
         for chunk in chunks:
             spans.append(self._span(chunk, first))
             first += chunk.length
-        return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans))
+        decode = _decode_batch(chunks, self.pool.layout.block_tokens)
+        return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans), decode)
 
     def _span(self, chunk: Chunk, first: int) -> Span:
         pages = chunk.active.pages
@@ -51,6 +54,17 @@ class Runner:
         sequence = active.sequence
         outputs = active.token_ids[sequence.prompt_len :]
         return Draw(sequence.sampling, sequence.seed, sequence.ref.choice, outputs, self.eos_token_ids)
+
+
+def _decode_batch(chunks: list[Chunk], page_tokens: int) -> DecodeBatch | None:
+    """The batch as one query a sequence, if that is what it is."""
+    if any(chunk.length > 1 for chunk in chunks):
+        return None
+    contexts = [chunk.stop for chunk in chunks]
+    width = num_blocks(max(contexts), page_tokens)
+    tables = [chunk.active.pages.pages[:width] for chunk in chunks]
+    padded = [table + (0,) * (width - len(table)) for table in tables]
+    return DecodeBatch(torch.tensor(padded, dtype=torch.int32), torch.tensor(contexts), page_tokens, max(contexts))
 
 
 def _causal_mask(chunk: Chunk, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from perigee.workers.model.config import RopeConfig
 class RotaryTable:
     """Cosines and sines of every position, computed once in float32 and kept in the model's dtype.
 
-    The sines of a head's first half are negated, so that rotating takes one roll and no sign flip.
+    The sines of a head's first half are negated: see `rotate` in `perigee.workers.kernels.reference`.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_context: int, dtype: torch.dtype) -> None:
@@ -23,8 +23,3 @@ class RotaryTable:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) for `positions` [tokens], each [tokens, 1, head_dim]."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head of x [tokens, heads, head_dim], whose halves are the real and imaginary parts."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

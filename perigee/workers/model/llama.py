@@ -6,23 +6,26 @@ bytes.
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.attention.base import TORCH_DTYPES, Attention, KVPool, StepBatch
 from perigee.workers.attention.dense import DenseAttention
+from perigee.workers.kernels.base import Kernels
+from perigee.workers.kernels.registry import select
 from perigee.workers.model.config import LlamaConfig
-from perigee.workers.model.layers import RotaryTable, rotate
+from perigee.workers.model.layers import RotaryTable
 
 
 class LlamaAttention(nn.Module):
     """Projects, rotates, writes keys and values to the pool, attends."""
 
-    def __init__(self, config: LlamaConfig, backend: Attention) -> None:
+    def __init__(self, config: LlamaConfig, backend: Attention, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        self.kernels = kernels
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
@@ -30,41 +33,50 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layer: tuple[Tensor, ...], batch: StepBatch
     ) -> Tensor:  # [tokens, hidden]
-        config, tokens = self.config, len(x)
+        tokens = len(x)
         keys, values = layer
-        qk_heads = config.num_heads + config.num_kv_heads
-        qkv = self.qkv(x).view(tokens, qk_heads + config.num_kv_heads, config.head_dim)
-        qk = rotate(qkv[:, :qk_heads], *rope)
-        q, k, v = qk[:, : config.num_heads], qk[:, config.num_heads :], qkv[:, qk_heads:]
-        keys.index_copy_(0, batch.rows, k.reshape(tokens, -1))
-        values.index_copy_(0, batch.rows, v.reshape(tokens, -1))
-        return self.out(self.backend.attend(q, keys, values, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
+        qkv = self.kernels.linear(x, self.qkv.weight, self.qkv.bias).view(tokens, -1, self.config.head_dim)
+        q = self.kernels.rotate_and_store(qkv, rope, batch.rows, keys, values, self.config.num_heads)
+        attended = self.backend.attend(q, keys, values, batch).reshape(tokens, -1)
+        return self.kernels.linear(attended, self.out.weight, self.out.bias)
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        gate_up = self.kernels.linear(x, self.gate_up.weight, self.gate_up.bias)
+        return self.kernels.linear(self.kernels.gated_silu(gate_up), self.down.weight, self.down.bias)
 
 
 class LlamaLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, backend: Attention) -> None:
+    """Takes the residual stream and what the layer before would add to it, so that sum and norm are one operation."""
+
+    def __init__(self, config: LlamaConfig, backend: Attention, kernels: Kernels) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LlamaAttention(config, backend)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.eps = config.rms_norm_eps
+        self.kernels = kernels
+        self.attention_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.attention = LlamaAttention(config, backend, kernels)
+        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp = LlamaMLP(config, kernels)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: tuple[Tensor, ...], batch: StepBatch
-    ) -> Tensor:  # [tokens, hidden]
-        x = x + self.attention(self.attention_norm(x), rope, layer, batch)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        layer: tuple[Tensor, ...],
+        batch: StepBatch,
+    ) -> tuple[Tensor, Tensor]:  # residual and delta, each [tokens, hidden]
+        x, normed = self.kernels.add_rms_norm(x, delta, self.attention_norm, self.eps)
+        delta = self.attention(normed, rope, layer, batch)
+        x, normed = self.kernels.add_rms_norm(x, delta, self.mlp_norm, self.eps)
+        return x, self.mlp(normed)
 
 
 class Llama(nn.Module):
@@ -73,30 +85,33 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, dtype: DType) -> None:
         super().__init__()
         self.config = config
-        backend = DenseAttention(config.num_kv_heads, config.head_dim)
+        self.kernels = select(dtype)
+        backend = DenseAttention(config.num_kv_heads, config.head_dim, self.kernels)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaLayer(config, backend) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(LlamaLayer(config, backend, self.kernels) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config.rope, config.head_dim, config.max_context, TORCH_DTYPES[dtype])
 
     def forward(self, token_ids: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
         """The hidden states [tokens, hidden] of `token_ids` [tokens]; their keys and values are in the pool then."""
-        x = self.embedding(token_ids)
+        x: Tensor = self.embedding(token_ids)
+        delta: Tensor | None = None
         rope = self.rotary.at(batch.positions)
         for layer, cache in zip(self.layers, pool.layers, strict=True):
-            x = layer(x, rope, cache, batch)
-        return x  # type: ignore[no-any-return]
+            x, delta = layer(x, delta, rope, cache, batch)
+        return x if delta is None else x + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary] for hidden states [rows, hidden]."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden), weight)
+        _, normed = self.kernels.add_rms_norm(hidden, None, self.norm, self.config.rms_norm_eps)
+        return self.kernels.linear(normed, weight)
 
     def checkpoint_parts(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of a Hugging Face checkpoint, and the place in this model where it belongs."""
         yield "model.embed_tokens.weight", self.embedding.weight
-        yield "model.norm.weight", self.norm.weight
+        yield "model.norm.weight", self.norm
         if self.head is not None:
             yield "lm_head.weight", self.head.weight
         for index, layer in enumerate(self.layers):
@@ -105,8 +120,8 @@ class Llama(nn.Module):
 
     def _layer_parts(self, prefix: str, layer: LlamaLayer) -> Iterator[tuple[str, Tensor]]:
         config = self.config
-        yield f"{prefix}.input_layernorm.weight", layer.attention_norm.weight
-        yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight
+        yield f"{prefix}.input_layernorm.weight", layer.attention_norm
+        yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm
         kv_width = config.num_kv_heads * config.head_dim
         qkv_sizes = (config.num_heads * config.head_dim, kv_width, kv_width)
         yield from _linear_parts(prefix, ("q_proj", "k_proj", "v_proj"), "self_attn", layer.attention.qkv, qkv_sizes)

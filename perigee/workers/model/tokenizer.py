@@ -1,6 +1,7 @@
 """Text to tokens and back, from a directory in Hugging Face layout. Imports no torch, so that servers can use it."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from perigee.workers.model.errors import ModelError
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+
+_FALLBACK_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 # Marks, in a rendered chat, a special token's text that a message merely quotes: a private-use character, which the
 # content is cleared of first, on either side of the special token's index.
@@ -87,9 +90,13 @@ class Tokenizer:
             return token.encode()
         if self._byte_level:
             return _byte_level_bytes(token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # byte fallback
-            return bytes.fromhex(token[3:5])
-        return token.replace("▁", " ").encode()
+        fallback = _FALLBACK_BYTE.fullmatch(token)
+        return bytes.fromhex(fallback[1]) if fallback else token.replace("▁", " ").encode()
+
+    def is_fallback_byte(self, token_id: int) -> bool:
+        """Whether the token is one byte of a character that has no token, in the way of SentencePiece."""
+        token = self._tokens.id_to_token(token_id)
+        return not self._byte_level and token is not None and _FALLBACK_BYTE.fullmatch(token) is not None
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """The conversation as the model saw it in training, up to where the assistant's answer begins.
@@ -131,51 +138,6 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         text = self._special[name]
         return None if text is None else self._tokens.token_to_id(text)
-
-
-class Detokenizer:
-    """Turns the tokens of one output into text as they come, at a cost per token that does not grow with the output.
-
-    A token may hold a part of a character only, so what may still become one is held back until the rest has come.
-    `context` is the end of the prompt: some tokenizers write a token differently at the very start of a text.
-    """
-
-    # A character is at most four bytes, so an unfinished one decodes to at most three replacement characters.
-    _MAX_HELD = 3
-    _CONTEXT = 6
-    _MAX_WINDOW = 32
-
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._window = list(context[-self._CONTEXT :])  # the last tokens; those before `_fresh` are text already
-        self._fresh = len(self._window)
-        self._emitted = self._stable(tokenizer.decode(self._window))  # characters of the window's text given out
-
-    def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes, perhaps none."""
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        stable = self._stable(text)
-        new = text[self._emitted : stable]
-        self._emitted = max(self._emitted, stable)
-        if stable == len(text):
-            self._slide(self._fresh)
-        elif len(self._window) > self._MAX_WINDOW:  # a long run of bytes that are no text
-            self._slide(len(self._window) - 2 * self._MAX_HELD)
-        return new
-
-    def flush(self) -> str:
-        """What is still held back, when no more tokens come."""
-        return self._tokenizer.decode(self._window)[self._emitted :]
-
-    def _slide(self, start: int) -> None:
-        self._window = self._window[start:]
-        self._fresh = len(self._window)
-        self._emitted = self._stable(self._tokenizer.decode(self._window))
-
-    def _stable(self, text: str) -> int:
-        """How many characters of `text` cannot change by what follows."""
-        return max(len(text.rstrip("\ufffd")), len(text) - self._MAX_HELD)
 
 
 def _parse(vocabulary: str) -> tokenizers.Tokenizer:
