@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from perigee.bench.workload import DECODE_PROMPT_TOKENS, DECODE_TOKENS, Figures, prompt
+from perigee.bench.workload import DECODE_PROMPT_TOKENS, DECODE_TOKENS, measure, prompt
 
 
 def main() -> None:
@@ -20,11 +20,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     with torch.inference_mode():
-        _prefill_s(model, max(job["prefill"]))  # warm
-        figures = Figures(
-            {n: n / _prefill_s(model, n) for n in job["prefill"]},
-            {n: n * (DECODE_TOKENS - 1) / _decode_s(model, n) for n in job["decode"]},
-        )
+        figures = measure(job["prefill"], job["decode"], lambda n: _prefill_s(model, n), lambda n: _decode_s(model, n))
     sys.stdout.write(json.dumps(figures.as_json()) + "\n")
 
 

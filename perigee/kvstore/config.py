@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ByteSize, Field
 
 
 class StoreConfig(BaseModel, frozen=True, extra="forbid"):
@@ -16,4 +16,6 @@ class StoreConfig(BaseModel, frozen=True, extra="forbid"):
     )
     socket: Path = Field(description="Unix socket for the workers of this host.")
     directory: str = Field(min_length=1, description="gRPC target of the directory of the cluster's members.")
-    dram_bytes: int = Field(default=1 << 30, gt=0, description="Shared memory to keep blocks in, in bytes.")
+    dram_bytes: ByteSize = Field(
+        default=ByteSize(1 << 30), gt=0, description="Shared memory to keep blocks in, such as 512MiB or 2GiB."
+    )

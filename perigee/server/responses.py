@@ -119,6 +119,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    vocab_size: int  # so that a load generator knows which token ids it may send
 
 
 class ModelList(BaseModel):

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # A report follows a change at once, but not more often than this, and is repeated when nothing changes.
 REPORT_MIN_S = 0.02
 REPORT_MAX_S = 0.25
+
+STORE_RETRY_S = 0.2
 
 
 class WorkerService(WorkerServicer):
@@ -90,17 +93,29 @@ async def run(config: WorkerConfig) -> None:
     model = load_config(directory)
     incarnation = secrets.token_hex(8)
     payload_bytes = model.payload_layout(config.dtype, config.block_tokens).payload_bytes
-    store = await StoreClient.connect(
-        config.store,
-        worker_id=config.id,
-        incarnation=incarnation,
-        payload_bytes=payload_bytes,
-        block_tokens=config.block_tokens,
-    )
+    store = await _connect(config, incarnation, payload_bytes)
     try:
         await _serve(config, directory, model, store, incarnation)
     finally:
         await store.close()
+
+
+async def _connect(config: WorkerConfig, incarnation: str, payload_bytes: int) -> StoreClient:
+    """Waits for the store node, which may start after the worker. Raises StoreError after `store_wait_s`."""
+    give_up_at = time.monotonic() + config.store_wait_s
+    while True:
+        try:
+            return await StoreClient.connect(
+                config.store,
+                worker_id=config.id,
+                incarnation=incarnation,
+                payload_bytes=payload_bytes,
+                block_tokens=config.block_tokens,
+            )
+        except StoreClosed:
+            if time.monotonic() > give_up_at:
+                raise
+            await asyncio.sleep(STORE_RETRY_S)
 
 
 async def _serve(

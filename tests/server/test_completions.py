@@ -59,7 +59,8 @@ async def test_prefill_starts_and_decode_goes_on_with_the_same_sequence(front: C
     sampling = first.sampling
     assert (sampling.top_k, sampling.ignore_eos, sampling.min_tokens, sampling.stop_token_ids) == (7, True, 2, (9,))
     assert (sampling.temperature, sampling.max_tokens) == (0.5, 3)
-    assert front.prefill.said("joined") and not front.prefill.said("cancel") and not front.decode.said("cancel")
+    await front.prefill.hears("joined")
+    assert not front.prefill.said("cancel") and not front.decode.said("cancel")
 
 
 async def test_one_token_needs_no_decode(front: Cluster, client: AsyncOpenAI) -> None:

@@ -37,7 +37,7 @@ async def test_a_bad_field_is_named_before_anybody_else_hears_of_the_request(fro
 
 async def test_what_only_the_model_can_tell_is_checked_too(front: Cluster) -> None:
     refused = {
-        "prompt": ({"prompt": ""}, {"prompt": [100_000]}),
+        "prompt": ({"prompt": ""}, {"prompt": [[1], []]}, {"prompt": [100_000]}),
         "n": ({"n": 1000}, {"n": 100, "prompt": ["x", "y"]}),
         "min_tokens": ({"min_tokens": 20},),
     }
@@ -71,7 +71,7 @@ async def test_a_prompt_longer_than_the_context_is_refused(front: Cluster, clien
         await client.completions.create(model="tiny", prompt=[1] * front.card.max_context)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x " * 300}])
+        await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x " * 3000}])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 

@@ -57,7 +57,6 @@ def test_a_bad_field_is_named(
     [
         (COMPLETION | {"prompt": []}, "prompt"),
         (COMPLETION | {"prompt": [1, "a"]}, "prompt"),
-        (COMPLETION | {"prompt": [[1], []]}, "prompt"),
         (COMPLETION | {"prompt": [-1]}, "prompt"),
         (COMPLETION | {"prompt": {"a": 1}}, "prompt"),
         (COMPLETION | {"logprobs": 21}, "logprobs"),

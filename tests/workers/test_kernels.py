@@ -92,8 +92,8 @@ def test_rotate_and_store(tokens: int, heads: int, kv_heads: int, head_dim: int)
     q = KERNELS.rotate_and_store(qkv, rope, rows, *pool, heads)
     cos, sin = rope
     expected = TorchKernels().rotate_and_store(qkv.float(), (cos.float(), sin.float()), rows, *exact, heads)
-    assert close(q, expected, steps=1)
-    assert close(pool[0][rows], exact[0][rows], steps=1) and torch.equal(pool[1].float(), exact[1])
+    assert close(q, expected, steps=4)
+    assert close(pool[0][rows], exact[0][rows], steps=4) and torch.equal(pool[1].float(), exact[1])
     assert not pool[0].index_fill(0, rows, 0).any(), "no other row is written"
 
 

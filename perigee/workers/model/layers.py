@@ -1,9 +1,23 @@
-"""Rotary embedding, as every model here uses it."""
+"""Projections and rotary embedding, as every model here uses them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from perigee.workers.kernels.base import Kernels
 from perigee.workers.model.config import RopeConfig
+
+
+class Projection(nn.Module):
+    """A linear map by the model's kernels. Unlike torch's it is not initialised: its weights come from a checkpoint."""
+
+    def __init__(self, width: int, outputs: int, kernels: Kernels, *, bias: bool = False) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [tokens, outputs]
+        return self.kernels.linear(x, self.weight, self.bias)
 
 
 class RotaryTable:

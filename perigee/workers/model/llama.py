@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.attention.base import TORCH_DTYPES, Attention, KVPool, StepBatch
@@ -15,7 +16,7 @@ from perigee.workers.attention.dense import DenseAttention
 from perigee.workers.kernels.base import Kernels
 from perigee.workers.kernels.registry import select
 from perigee.workers.model.config import LlamaConfig
-from perigee.workers.model.layers import RotaryTable
+from perigee.workers.model.layers import Projection, RotaryTable
 
 
 class LlamaAttention(nn.Module):
@@ -27,30 +28,29 @@ class LlamaAttention(nn.Module):
         self.backend = backend
         self.kernels = kernels
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
+        heads_width = config.num_heads * config.head_dim
+        self.qkv = Projection(config.hidden_size, width, kernels, bias=config.attention_bias)
+        self.out = Projection(heads_width, config.hidden_size, kernels, bias=config.attention_bias)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layer: tuple[Tensor, ...], batch: StepBatch
     ) -> Tensor:  # [tokens, hidden]
         tokens = len(x)
         keys, values = layer
-        qkv = self.kernels.linear(x, self.qkv.weight, self.qkv.bias).view(tokens, -1, self.config.head_dim)
+        qkv = self.qkv(x).view(tokens, -1, self.config.head_dim)
         q = self.kernels.rotate_and_store(qkv, rope, batch.rows, keys, values, self.config.num_heads)
-        attended = self.backend.attend(q, keys, values, batch).reshape(tokens, -1)
-        return self.kernels.linear(attended, self.out.weight, self.out.bias)
+        return self.out(self.backend.attend(q, keys, values, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
 
 
 class LlamaMLP(nn.Module):
     def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Projection(config.hidden_size, 2 * config.intermediate_size, kernels, bias=config.mlp_bias)
+        self.down = Projection(config.intermediate_size, config.hidden_size, kernels, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        gate_up = self.kernels.linear(x, self.gate_up.weight, self.gate_up.bias)
-        return self.kernels.linear(self.kernels.gated_silu(gate_up), self.down.weight, self.down.bias)
+        return self.down(self.kernels.gated_silu(self.gate_up(x)))  # type: ignore[no-any-return]
 
 
 class LlamaLayer(nn.Module):
@@ -80,22 +80,23 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Its parameters are empty until `load_weights` fills them."""
+    """The whole model. Its parameters are empty until `load_model` fills them."""
 
     def __init__(self, config: LlamaConfig, dtype: DType) -> None:
         super().__init__()
         self.config = config
         self.kernels = select(dtype)
         backend = DenseAttention(config.num_kv_heads, config.head_dim, self.kernels)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(LlamaLayer(config, backend, self.kernels) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.rotary = RotaryTable(config.rope, config.head_dim, config.max_context, TORCH_DTYPES[dtype])
 
     def forward(self, token_ids: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
         """The hidden states [tokens, hidden] of `token_ids` [tokens]; their keys and values are in the pool then."""
-        x: Tensor = self.embedding(token_ids)
+        x = F.embedding(token_ids, self.embedding)
         delta: Tensor | None = None
         rope = self.rotary.at(batch.positions)
         for layer, cache in zip(self.layers, pool.layers, strict=True):
@@ -104,16 +105,15 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary] for hidden states [rows, hidden]."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
         _, normed = self.kernels.add_rms_norm(hidden, None, self.norm, self.config.rms_norm_eps)
-        return self.kernels.linear(normed, weight)
+        return self.kernels.linear(normed, self.embedding if self.head is None else self.head)
 
     def checkpoint_parts(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of a Hugging Face checkpoint, and the place in this model where it belongs."""
-        yield "model.embed_tokens.weight", self.embedding.weight
+        yield "model.embed_tokens.weight", self.embedding
         yield "model.norm.weight", self.norm
         if self.head is not None:
-            yield "lm_head.weight", self.head.weight
+            yield "lm_head.weight", self.head
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, LlamaLayer)
             yield from self._layer_parts(f"model.layers.{index}", layer)
@@ -132,7 +132,7 @@ class Llama(nn.Module):
 
 
 def _linear_parts(
-    prefix: str, names: tuple[str, ...], module: str, linear: nn.Linear, sizes: tuple[int, ...]
+    prefix: str, names: tuple[str, ...], module: str, linear: Projection, sizes: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors whose rows are stacked in `linear`."""
     for kind, tensor in (("weight", linear.weight), ("bias", linear.bias)):

@@ -1,0 +1,82 @@
+"""More than the cluster can take is turned away at once, and what was let in is served."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import up
+from tests.e2e.endpoint import Answer, Endpoint, Refusal, Vocabulary
+from tests.e2e.prompts import random_prompt
+
+KV_TOKENS = 2048
+MAX_SEQUENCES = 4
+
+
+@pytest.fixture(scope="module")
+def small(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A cluster with room for little."""
+    flags = (f"--kv-tokens={KV_TOKENS}", f"--max-sequences={MAX_SEQUENCES}", "--dram-bytes=64MiB")
+    with up(tmp_path_factory.mktemp("small"), tiny_llama, vocabulary, *flags) as endpoint:
+        yield endpoint
+
+
+async def test_a_burst_is_partly_turned_away_and_none_of_it_fails(small: Endpoint) -> None:
+    prompts = [random_prompt(200 + index, small.vocabulary.size, "burst") for index in range(30)]
+    outcomes = await asyncio.gather(*(small.try_complete(prompt, 60) for prompt in prompts))
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
+    assert len(answers) >= MAX_SEQUENCES
+    assert {len(answer.token_ids) for answer in answers} == {60}
+    assert refusals
+    assert {refusal.status for refusal in refusals} == {429}
+    assert all(int(refusal.retry_after or 0) >= 1 for refusal in refusals)
+    assert {refusal.error["type"] for refusal in refusals} == {"rate_limit_error"}
+
+
+async def test_after_a_burst_everything_works(small: Endpoint) -> None:
+    prompts = [random_prompt(100 + index, small.vocabulary.size, "after") for index in range(MAX_SEQUENCES)]
+    await asyncio.gather(*(small.try_complete(prompt) for prompt in prompts * 5))
+    await small.until_at_rest()
+    answers = await small.complete_all(prompts)
+    assert {len(answer.token_ids) for answer in answers} == {16}
+    await small.until_at_rest()
+    assert await small.metric("perigee_orphaned_blocks") == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "field"),
+    [
+        (8192, 1, "prompt"),  # the context
+        (1000, 8000, "max_tokens"),  # the context, with what is asked for
+        (1000, 2000, None),  # no worker's pages are enough
+        (4000, 1, None),  # nor for the prompt alone
+    ],
+)
+async def test_what_could_never_be_served_is_refused_for_good(
+    small: Endpoint, prompt_tokens: int, max_tokens: int, field: str | None
+) -> None:
+    prompt = random_prompt(prompt_tokens, small.vocabulary.size, "too large")
+    refusal = await small.try_complete(prompt, max_tokens)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.retry_after) == (400, None)
+    assert refusal.error["code"] == "context_length_exceeded"
+    assert refusal.error["param"] == field
+
+
+async def test_a_sequence_that_takes_all_pages_is_served(small: Endpoint) -> None:
+    await small.until_at_rest()
+    prompt = random_prompt(KV_TOKENS - 40, small.vocabulary.size, "all pages")
+    assert len((await small.complete(prompt, 40)).token_ids) == 40
+
+
+async def test_the_cache_gives_way_when_it_is_full_and_outputs_stay_the_same(small: Endpoint) -> None:
+    prompt = random_prompt(300, small.vocabulary.size, "evicted")
+    first = await small.complete(prompt)
+    for index in range(20):
+        await small.complete(random_prompt(KV_TOKENS - 100, small.vocabulary.size, f"filling {index}"), 1)
+    members = await small.until_at_rest()
+    assert members["store-0"].load["evicted_total"] > 0
+    again = await small.complete(prompt)
+    assert (again.cached_tokens, again.token_ids) == (0, first.token_ids)

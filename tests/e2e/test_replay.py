@@ -1,0 +1,55 @@
+"""`perigee replay` of a real trace against a cluster: nothing fails, and the cache does what the trace allows."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perigee.replay.trace import read_trace, scale
+from tests.e2e.conftest import up
+from tests.e2e.endpoint import Endpoint, Vocabulary
+from tests.replay.trace_walk import walk
+
+pytestmark = pytest.mark.slow
+
+TRACE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_conversation.jsonl"
+NUM_REQUESTS = 1000
+LENGTH_SCALE = 0.0625  # makes a trace block of 512 tokens one block of 32
+BLOCK_TOKENS = 32
+SPEED = 4
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """Room for every request that can pile up on a slow machine, and a cache for half of the trace."""
+    flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=1GiB")
+    with up(tmp_path_factory.mktemp("roomy"), tiny_llama, vocabulary, *flags) as endpoint:
+        yield endpoint
+
+
+def replay(url: str, report: Path) -> Any:
+    """The report of the trace's first requests."""
+    flags = (f"--url={url}", f"--limit={NUM_REQUESTS}", f"--speed={SPEED}", f"--length-scale={LENGTH_SCALE}")
+    command = [sys.executable, "-m", "perigee", "replay", str(TRACE), *flags, f"--json={report}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return json.loads(report.read_text())
+
+
+async def test_a_thousand_requests_of_the_conversation_trace_are_served_with_the_hits_that_it_allows(
+    roomy: Endpoint, tmp_path: Path
+) -> None:
+    assert TRACE.exists(), f"{TRACE} is not there: the traces must lie beside the checkout"
+    report = replay(roomy.url, tmp_path / "report.json")
+    assert (report["requests"], report["failed"], report["rejected"]) == (NUM_REQUESTS, 0, 0)
+    members = await roomy.until_at_rest()
+    capacity_blocks = members["store-0"].load["num_slots"]
+    trace = scale(read_trace(TRACE)[:NUM_REQUESTS], LENGTH_SCALE)
+    allowed = walk(trace, capacity_blocks, BLOCK_TOKENS, outputs=True)
+    assert report["prompt_tokens"] == allowed.tokens
+    assert report["cached_token_ratio"] == pytest.approx(allowed.token_ratio, abs=0.02)
+    assert await roomy.metric("perigee_orphaned_blocks") == 0
