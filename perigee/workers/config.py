@@ -28,4 +28,8 @@ class WorkerConfig(BaseModel):
     max_sequences: int = Field(default=32, ge=1, description="sequences that may hold pages at once")
     max_context: int = Field(default=0, ge=0, description="positions a sequence may have; 0: as many as the model has")
     threads: int = Field(default=0, ge=0, description="CPU threads a step uses; 0: all cores")
-    store_wait_s: float = Field(default=60.0, gt=0, description="how long to wait for slots, or for another's blocks")
+    store_wait_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="wait for the store node, and for blocks of a request without deadline",
+    )

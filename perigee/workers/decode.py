@@ -14,11 +14,11 @@ async def decode(host: Host, session: Session, source: str) -> None:
     async with host.pages(session, one_token=False) as active:
         session.active = active
         async with host.leases() as group:
-            async for blocks in group.fetch(session.sequence.block_keys, host.store_wait_s, source):
+            async for blocks in group.fetch(session.sequence.block_keys, host.wait_s(session), source):
                 await host.load(active, blocks)
         await session.started.wait()
         assert session.first is not None
+        session.send(joined_to_pb(DecodeJoined(session.ref)))  # before the first step can say anything
         await host.thread.call(host.thread.engine.join, active, session.first)
-        session.send(joined_to_pb(DecodeJoined(session.ref)))
         await session.finished.wait()
         await session.saved()

@@ -55,6 +55,11 @@ class Host:
             return f"token_ids: has {max(sequence.token_ids)}, the vocabulary ends at {self.vocab_size - 1}"
         return self.thread.engine.batcher.refusal(sequence, self.role == "prefill")
 
+    def wait_s(self, session: Session) -> float:
+        """How long to wait for slots or blocks: as long as somebody waits for the sequence."""
+        deadline_s = session.sequence.deadline_s
+        return max(0.0, deadline_s - time.time()) if deadline_s else self.store_wait_s
+
     def open(self, sequence: Sequence, send: Send) -> Session:
         session = Session(sequence, send, KeyChain(self.namespace, sequence, self.block_tokens))
         self.sessions[session.ref] = session

@@ -30,7 +30,7 @@ async def _load_prefix(host: Host, session: Session, active: Active, group: Leas
     """Leases and copies what is cached, takes slots for the rest, and lets the engine compute that."""
     assert session.record is not None
     began = time.monotonic()
-    acquired = await group.acquire(session.sequence.block_keys, host.namespace, host.store_wait_s)
+    acquired = await group.acquire(session.sequence.block_keys, host.namespace, host.wait_s(session))
     loaded = await host.load(active, acquired.leased)
     session.record.leased = acquired.leased
     session.record.load_s = time.monotonic() - began

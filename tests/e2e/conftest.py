@@ -16,10 +16,12 @@ MODEL = "tiny"
 
 @contextmanager
 def up(directory: Path, model: Path, vocabulary: Vocabulary, *arguments: str) -> Iterator[Endpoint]:
-    """`perigee up` in float32, once it is ready."""
+    """`perigee up` in float32, once it is ready. Nothing that its workers do may have to be done again."""
     flags = (f"--model={model}", f"--served-model-name={MODEL}", "--dtype=float32")
     with cluster(directory, *flags, *arguments) as started:
-        yield Endpoint(started.wait_ready(), MODEL, vocabulary)
+        endpoint = Endpoint(started.wait_ready(), MODEL, vocabulary)
+        yield endpoint
+        assert asyncio.run(endpoint.metric("perigee_failed_attempts_total")) == 0, started.log.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Endpoint:
                 return self._answer(body)
             return Refusal(response.status, body["error"], response.headers.get("retry-after"))
 
-    async def stream(self, prompt: Prompt, max_tokens: int, **fields: Any) -> AsyncIterator[int]:
+    async def stream(self, prompt: Prompt, max_tokens: int, **fields: Any) -> AsyncGenerator[int, None]:
         """The tokens as they come. To close the iterator is to hang up."""
         async with self._post(prompt, max_tokens, {"stream": True, **fields}) as response:
             assert response.status == 200

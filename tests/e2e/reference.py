@@ -18,7 +18,7 @@ class Reference:
 
     @classmethod
     def load(cls, directory: Path) -> "Reference":
-        return cls(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
+        return cls(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32))
 
     @torch.inference_mode()
     def assert_greedy(self, prompt: Prompt, answer: Answer) -> None:

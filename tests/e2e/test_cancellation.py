@@ -69,8 +69,8 @@ async def test_others_are_not_disturbed_by_those_who_hang_up(tiny: Endpoint) -> 
     prompt = random_prompt(70, tiny.vocabulary.size, "others")
     undisturbed = await tiny.complete(prompt, 100)
     passing = [random_prompt(60 + index, tiny.vocabulary.size, "passing") for index in range(4)]
-    _, *answers = await asyncio.gather(
+    answers, _ = await asyncio.gather(
+        tiny.complete_all([prompt] * 3, 100),
         asyncio.gather(*(tiny.hang_up_after(3, each, MANY_TOKENS) for each in passing)),
-        *(tiny.complete(prompt, 100) for _ in range(3)),
     )
     assert [answer.token_ids for answer in answers] == [undisturbed.token_ids] * 3

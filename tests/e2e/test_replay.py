@@ -20,13 +20,13 @@ TRACE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_conversation
 NUM_REQUESTS = 1000
 LENGTH_SCALE = 0.0625  # makes a trace block of 512 tokens one block of 32
 BLOCK_TOKENS = 32
-SPEED = 4
+SPEED = 3  # so that two cores can follow
 
 
 @pytest.fixture(scope="module")
 def roomy(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """Room for every request that can pile up on a slow machine, and a cache for half of the trace."""
-    flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=1GiB")
+    """Room for all requests that pile up, even on a slow machine, and a cache for a quarter of the trace's blocks."""
+    flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=512MiB")
     with up(tmp_path_factory.mktemp("roomy"), tiny_llama, vocabulary, *flags) as endpoint:
         yield endpoint
 
@@ -47,9 +47,10 @@ async def test_a_thousand_requests_of_the_conversation_trace_are_served_with_the
     report = replay(roomy.url, tmp_path / "report.json")
     assert (report["requests"], report["failed"], report["rejected"]) == (NUM_REQUESTS, 0, 0)
     members = await roomy.until_at_rest()
-    capacity_blocks = members["store-0"].load["num_slots"]
+    store = members["store-0"].load
+    assert store["evicted_total"] > 0
     trace = scale(read_trace(TRACE)[:NUM_REQUESTS], LENGTH_SCALE)
-    allowed = walk(trace, capacity_blocks, BLOCK_TOKENS, outputs=True)
+    allowed = walk(trace, store["num_slots"], BLOCK_TOKENS, outputs=True)
     assert report["prompt_tokens"] == allowed.tokens
     assert report["cached_token_ratio"] == pytest.approx(allowed.token_ratio, abs=0.02)
     assert await roomy.metric("perigee_orphaned_blocks") == 0
