@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 
 from perigee.kvstore.errors import BlocksMissing, NoRoom, StoreError, TooLarge
 from perigee.workers import worker_pb2 as pb
@@ -27,6 +28,7 @@ class ServerStream:
         self._host = host
         self._outbox: asyncio.Queue[pb.FromWorker | None] = asyncio.Queue()
         self._tasks: dict[Ref, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()  # cancelled, still cleaning up
 
     async def converse(self, requests: AsyncIterator[pb.ToWorker]) -> AsyncIterator[pb.FromWorker]:
         """Answers until the server hangs up."""
@@ -35,8 +37,9 @@ class ServerStream:
             while (message := await self._outbox.get()) is not None:
                 yield message
         finally:
-            for task in (reader, *self._tasks.values()):
-                task.cancel()
+            reader.cancel()
+            for ref in list(self._tasks):
+                self._cancel(ref)
 
     async def _read(self, requests: AsyncIterator[pb.ToWorker]) -> None:
         try:
@@ -59,17 +62,23 @@ class ServerStream:
                 if session := self._host.sessions.get(ref_from_pb(message.joined.ref)):
                     session.joined.set()
             case "cancel":
-                if task := self._tasks.get(ref_from_pb(message.cancel.ref)):
-                    task.cancel()
+                self._cancel(ref_from_pb(message.cancel.ref))
 
     def _start(self, sequence: Sequence) -> None:
         """To a decode worker: the sequence that it prepared, with its first token. To the others: a new one."""
         if self._host.role != "decode":
             self._open(sequence, lambda session: prefill(self._host, session))
         elif session := self._host.sessions.get(sequence.ref):
-            session.start(sequence)
+            self._go_on(session, sequence)
         else:
             self._fail(sequence.ref, "unknown", "it was not prepared here, or has ended since")
+
+    def _go_on(self, session: Session, sequence: Sequence) -> None:
+        try:
+            session.start(sequence)
+        except ValueError as error:
+            self._cancel(session.ref)
+            self._fail(session.ref, "invalid", str(error))
 
     def _open(self, sequence: Sequence, role: Role) -> None:
         if problem := self._host.refusal(sequence):
@@ -80,6 +89,21 @@ class ServerStream:
             session = self._host.open(sequence, self._send)
             task = asyncio.create_task(self._run(session, role), name=str(session.ref))
             self._tasks[session.ref] = task
+            task.add_done_callback(partial(self._ended, session))
+
+    def _cancel(self, ref: Ref) -> None:
+        """Once: a second cancellation would hit the cleaning up after the first."""
+        if task := self._tasks.pop(ref, None):
+            self._ending.add(task)
+            task.cancel()
+
+    def _ended(self, session: Session, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        self._tasks.pop(session.ref, None)
+        self._host.close(session)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("broken ref=%s", session.ref, exc_info=error)
+            self._fail(session.ref, "internal", "the worker has a fault, its log says more")
 
     async def _run(self, session: Session, role: Role) -> None:
         ref = session.ref
@@ -92,9 +116,6 @@ class ServerStream:
         except asyncio.CancelledError:
             logger.info("cancelled ref=%s", ref)
             raise
-        finally:
-            self._host.close(session)
-            self._tasks.pop(ref, None)
 
     def _fail(self, ref: Ref, code: str, message: str) -> None:
         logger.warning("failed ref=%s code=%s message=%s", ref, code, message)

@@ -51,8 +51,10 @@ class Host:
             return f"block_keys: each key has {KEY_BYTES} bytes"
         if not 0 < sequence.prompt_len <= len(sequence.token_ids):
             return f"prompt_len: is {sequence.prompt_len}, must be from 1 to {len(sequence.token_ids)}"
-        if max(sequence.token_ids) >= self.vocab_size:
-            return f"token_ids: has {max(sequence.token_ids)}, the vocabulary ends at {self.vocab_size - 1}"
+        stop_ids = sequence.sampling.stop_token_ids
+        for name, ids in (("token_ids", sequence.token_ids), ("stop_token_ids", stop_ids)):
+            if max(ids, default=0) >= self.vocab_size:
+                return f"{name}: has {max(ids)}, the vocabulary ends at {self.vocab_size - 1}"
         return self.thread.engine.batcher.refusal(sequence, self.role == "prefill")
 
     def wait_s(self, session: Session) -> float:
@@ -86,9 +88,7 @@ class Host:
         try:
             yield await self.thread.admit(session.sequence, one_token=one_token)
         finally:
-            for save in session.saves:
-                save.cancel()
-            await asyncio.gather(*session.saves, return_exceptions=True)
+            await session.end_saves()
             await self.thread.remove(session.ref)
 
     async def load(self, active: Active, blocks: Iterable[LeasedBlock]) -> int:
@@ -105,7 +105,7 @@ class Host:
             if session := self.sessions.get(chunk.active.ref):
                 self._note_start(session, chunk)
                 for block in chunk.blocks(self.block_tokens):
-                    if reservation := session.slots.get(block):
+                    if reservation := session.slots.pop(block, None):
                         commits.append((session, self._write(chunk.active, block, reservation)))
                     elif (block + 1) * self.block_tokens <= chunk.stop:
                         grown.append((session, block))
@@ -126,9 +126,11 @@ class Host:
         for session, block in commits:
             by_session[session].append(block)
         for session, blocks in by_session.items():
-            session.save(self._loop.create_task(self._commit(session, blocks)))
+            if not session.is_ending:
+                session.save(self._loop.create_task(self._commit(session, blocks)))
         for session, index in grown:
-            session.save(self._loop.create_task(self._save(session, index)))
+            if not session.is_ending:
+                session.save(self._loop.create_task(self._save(session, index)))
         self._publish(outputs)
 
     async def _commit(self, session: Session, blocks: list[CommittedBlock]) -> None:

@@ -54,10 +54,16 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
     if config.threads:
         torch.set_num_threads(config.threads)
     num_pages = num_blocks(config.kv_tokens, config.block_tokens)
-    eos = frozenset(eos_token_ids(directory))
+    # A tokenizer may know tokens that the model has no logits for.
+    eos = frozenset(token for token in eos_token_ids(directory) if token < model.vocab_size)
     pool = KVPool(model.payload_layout(config.dtype, config.block_tokens), num_pages)
     runner = Runner(load_model(directory, model, config.dtype), pool, eos)
-    limits = BatchLimits(config.max_batched_tokens, config.max_sequences, max_context(model, config))
+    limits = BatchLimits(
+        max_batched_tokens=config.max_batched_tokens,
+        max_sequences=config.max_sequences,
+        max_context=max_context(model, config),
+        prompts_just_in_time=config.role != "decode",  # which computes none
+    )
     engine = Engine(Batcher(PagePool(num_pages, config.block_tokens), limits, eos), runner)
     _warm_up(engine, limits)
     return engine

@@ -147,7 +147,7 @@ async def _serve(
     finally:
         joined.cancel()
         await server.stop(grace=None)
-        host.thread.stop()
+        await host.thread.stop()
 
 
 async def _until_lost(host: Host, store: StoreClient) -> None:

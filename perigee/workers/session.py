@@ -73,7 +73,8 @@ class PrefillRecord:
 class Session:
     """What the roles know of an attempt; they change it on the event loop only.
 
-    `slots` and `record` are read by the engine's thread, and are complete before the sequence is made ready.
+    `slots` and `record` are complete before the sequence is made ready; then the engine's thread reads them, and takes
+    each slot out as it writes it.
     """
 
     sequence: Sequence  # as it was opened; its block keys name what decode fetches
@@ -84,6 +85,8 @@ class Session:
     record: PrefillRecord | None = None  # until the first token is out, where this worker prefills
     slots: dict[int, Reservation] = field(default_factory=dict)  # block index → where it goes
     saves: set[asyncio.Task[None]] = field(default_factory=set)  # blocks on their way into the store
+    failure: BaseException | None = None  # of the first save that failed
+    is_ending: bool = False  # its pages are about to go: nothing more is saved from them
     first: Sequence | None = None  # decode: `sequence` with the token that prefill sampled, once it is `started`
     started: asyncio.Event = field(default_factory=asyncio.Event)
     sampled: asyncio.Event = field(default_factory=asyncio.Event)  # the first token is out
@@ -95,15 +98,35 @@ class Session:
         return self.sequence.ref
 
     def start(self, sequence: Sequence) -> None:
-        """Decode: `sequence` is what was prepared, with the token that prefill sampled. It may come at any time."""
+        """Decode: `sequence` is what was prepared, with the token that prefill sampled. It may come at any time.
+
+        Raises ValueError if it is anything else.
+        """
+        if sequence.token_ids[:-1] != self.sequence.token_ids:
+            raise ValueError("token_ids: must be those of Prepare and one more")
         self.first = sequence
         self.started.set()
 
     async def saved(self) -> None:
-        """Waits until every block that was computed so far is in the store. Raises what went wrong."""
+        """Waits until every block that was computed so far is in the store. Raises what went wrong with any."""
         while self.saves:
-            await asyncio.gather(*self.saves)
+            await asyncio.wait(self.saves)
+        if self.failure:
+            raise self.failure
 
     def save(self, task: "asyncio.Task[None]") -> None:
         self.saves.add(task)
-        task.add_done_callback(self.saves.discard)
+        task.add_done_callback(self._saved)
+
+    async def end_saves(self) -> None:
+        """Ends what is still being saved, and lets nothing begin."""
+        self.is_ending = True
+        for task in self.saves:
+            task.cancel()
+        while self.saves:
+            await asyncio.wait(self.saves)
+
+    def _saved(self, task: "asyncio.Task[None]") -> None:
+        self.saves.discard(task)
+        if not task.cancelled():
+            self.failure = self.failure or task.exception()

@@ -42,9 +42,10 @@ class EngineThread:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after the step at hand and what was called before."""
+    async def stop(self) -> None:
+        """Ends the thread after the step at hand and what was called before, and waits for that."""
         self._inbox.put(None)
+        await asyncio.wait([self.ended])
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
         """Runs `function` between two steps; returns what it returns, raises its ValueError.
@@ -88,6 +89,7 @@ class EngineThread:
                 self._admit()
                 if result := self.engine.step():
                     self._on_step(result)
+                    self._admit()  # the step may have made room for the next prompt
                 self.load = self.engine.load()
             self._loop.call_soon_threadsafe(self._end, None)
         except Exception as error:

@@ -15,11 +15,16 @@ from perigee.workers.engine.sequence import FinishReason, Ref, Sequence, Token
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What one step may hold. A chunk of a prompt counts as many tokens as it has, a decoding sequence one."""
+    """What one step may hold. A chunk of a prompt counts as many tokens as it has, a decoding sequence one.
+
+    With `prompts_just_in_time` a prompt is admitted only when those before it fill no whole step any more: so it looks
+    into the cache as late as it can, when what others compute meanwhile is there.
+    """
 
     max_batched_tokens: int
     max_sequences: int
     max_context: int
+    prompts_just_in_time: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +126,7 @@ class Batcher:
     def admit(self) -> list[Active]:
         """Gives pages to those at the head of the queue, as far as pages and places go."""
         admitted: list[Active] = []
-        while self.waiting and len(self.active) < self.limits.max_sequences:
+        while self.waiting and len(self.active) < self.limits.max_sequences and not self._has_prompts_enough:
             sequence, one_token = self.waiting[0]
             pages = self.pool.allocate(self.pages_needed(sequence, one_token))
             if pages is None:
@@ -185,8 +190,15 @@ class Batcher:
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens still to be computed, as far as known: what waits may yet be found in the cache."""
-        waiting = sum(len(sequence.token_ids) for sequence, _ in self.waiting)
-        return waiting + sum(len(a.token_ids) - a.computed for a in self.active.values() if not a.is_decoding)
+        return sum(len(sequence.token_ids) for sequence, _ in self.waiting) + self._admitted_prefill_tokens
+
+    @property
+    def _admitted_prefill_tokens(self) -> int:
+        return sum(len(a.token_ids) - a.computed for a in self.active.values() if not a.is_decoding)
+
+    @property
+    def _has_prompts_enough(self) -> bool:
+        return self.limits.prompts_just_in_time and self._admitted_prefill_tokens >= self.limits.max_batched_tokens
 
     @property
     def context_tokens(self) -> int:
