@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from perigee.kvstore.addresses import Listen
+
 Role = Literal["prefill", "decode", "mixed"]
 
 
@@ -17,7 +19,7 @@ class WorkerConfig(BaseModel):
     role: Role = Field(description="prefill, decode, or mixed for both")
     model: str = Field(description="checkpoint: a directory in Hugging Face layout, a GGUF file or a built-in name")
     served_model_name: str = Field(default="", description="what the API calls it; default: the model's own name")
-    listen: str = Field(default="127.0.0.1:0", description="where to serve gRPC: host:port, or unix:/path")
+    listen: Listen = Field(default="127.0.0.1:0", description="where to serve gRPC: loopback host:port, or unix:/path")
     store: Path = Field(description="local socket of the store node on this host")
     store_id: str = Field(default="store-0", description="id of that store node")
     directory: str = Field(description="gRPC address of the cluster's directory")

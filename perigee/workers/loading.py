@@ -12,6 +12,7 @@ from perigee.workers.engine.engine import Engine, EngineTotals
 from perigee.workers.engine.pages import PagePool
 from perigee.workers.engine.runner import Runner
 from perigee.workers.engine.sequence import Ref, Sampling, Sequence
+from perigee.workers.memory import keep_freed_memory
 from perigee.workers.messages import ModelCard
 from perigee.workers.model.checkpoint import digests, eos_token_ids
 from perigee.workers.model.config import ModelConfig
@@ -51,6 +52,7 @@ def max_context(model: ModelConfig, config: WorkerConfig) -> int:
 
 def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> Engine:
     """Loads the weights, takes the KV pool's memory, and runs a prompt so that the first request finds all warm."""
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     num_pages = num_blocks(config.kv_tokens, config.block_tokens)

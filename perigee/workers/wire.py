@@ -65,6 +65,7 @@ def sequence_to_pb(sequence: Sequence) -> pb.Sequence:
         deadline_s=sequence.deadline_s,
         salt=sequence.salt,
         salt_block=sequence.salt_block,
+        draw=sequence.draw,
     )
 
 
@@ -80,6 +81,7 @@ def sequence_from_pb(message: pb.Sequence) -> Sequence:
         deadline_s=message.deadline_s,
         salt=message.salt or NO_SALT,
         salt_block=message.salt_block,
+        draw=message.draw,
     )
 
 

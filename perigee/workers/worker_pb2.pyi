@@ -135,6 +135,7 @@ class Sequence(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     SALT_BLOCK_FIELD_NUMBER: _builtins.int
+    DRAW_FIELD_NUMBER: _builtins.int
     prompt_len: _builtins.int
     seed: _builtins.int
     grammar: _builtins.str
@@ -144,6 +145,8 @@ class Sequence(_message.Message):
     """of the tenant; 32 bytes, or empty for none"""
     salt_block: _builtins.int
     """the block it is mixed into"""
+    draw: _builtins.int
+    """which of its prompt's choices this is; randomness depends on (seed, draw, position)"""
     @_builtins.property
     def ref(self) -> Global___Ref: ...
     @_builtins.property
@@ -169,10 +172,11 @@ class Sequence(_message.Message):
         deadline_s: _builtins.float = ...,
         salt: _builtins.bytes = ...,
         salt_block: _builtins.int = ...,
+        draw: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys", "deadline_s", b"deadline_s", "grammar", b"grammar", "prompt_len", b"prompt_len", "ref", b"ref", "salt", b"salt", "salt_block", b"salt_block", "sampling", b"sampling", "seed", b"seed", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys", "deadline_s", b"deadline_s", "draw", b"draw", "grammar", b"grammar", "prompt_len", b"prompt_len", "ref", b"ref", "salt", b"salt", "salt_block", b"salt_block", "sampling", b"sampling", "seed", b"seed", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

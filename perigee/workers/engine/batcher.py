@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from perigee.kvstore.blocks import num_blocks
-from perigee.workers.engine.pages import PagePool, PageTable
+from perigee.workers.engine.pages import PagePool, PageTable, pages_needed
 from perigee.workers.engine.sequence import FinishReason, Ref, Sequence, Token
 
 
@@ -104,9 +104,10 @@ class Batcher:
         self.active: dict[Ref, Active] = {}
 
     def pages_needed(self, sequence: Sequence, one_token: bool) -> int:
-        """Pages for all tokens that `sequence` can come to here. The last token sampled is never computed."""
-        tokens = 0 if one_token else min(sequence.max_len, self.limits.max_context) - 1
-        return num_blocks(max(tokens, len(sequence.token_ids)), self.pool.page_tokens)
+        """Pages for all tokens that `sequence` can come to here."""
+        num_tokens = len(sequence.token_ids)
+        max_len = num_tokens if one_token else min(sequence.max_len, self.limits.max_context)
+        return pages_needed(num_tokens, max_len, self.pool.page_tokens)
 
     def refusal(self, sequence: Sequence, one_token: bool) -> str | None:
         """Why this sequence could never run here, or None."""

@@ -3,6 +3,13 @@
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
+from perigee.kvstore.blocks import num_blocks
+
+
+def pages_needed(num_tokens: int, max_len: int, page_tokens: int) -> int:
+    """Pages of a sequence that has `num_tokens` and may come to `max_len`. The last token sampled is never computed."""
+    return num_blocks(max(num_tokens, max_len - 1), page_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class PageTable:

@@ -53,7 +53,7 @@ class Runner:
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
         outputs = active.token_ids[sequence.prompt_len :]
-        return Draw(sequence.sampling, sequence.seed, sequence.ref.choice, outputs, self.eos_token_ids)
+        return Draw(sequence.sampling, sequence.seed, sequence.draw, outputs, self.eos_token_ids)
 
 
 def _decode_batch(chunks: list[Chunk], page_tokens: int) -> DecodeBatch | None:

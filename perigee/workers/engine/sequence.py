@@ -48,8 +48,9 @@ class Sequence:
 
     `token_ids[:prompt_len]` is the prompt, what follows was generated. `block_keys` names every block of `token_ids`,
     the last, partial one included. `deadline_s` is a Unix time after which nobody waits for it, 0 for none. Randomness
-    is counter-based on (seed, choice, output position), so a longer `Sequence` of the same request goes on exactly
-    where the shorter one stopped, on any worker and in any batch.
+    is counter-based on (seed, draw, output position), so a longer `Sequence` of the same request goes on exactly where
+    the shorter one stopped, on any worker and in any batch. `draw` says which of its prompt's choices this is: unlike
+    `ref.choice` it does not depend on what other prompts the request has.
     """
 
     ref: Ref
@@ -62,6 +63,7 @@ class Sequence:
     deadline_s: float = 0.0
     salt: bytes = NO_SALT
     salt_block: int = 0
+    draw: int = 0
 
     @property
     def num_outputs(self) -> int:

@@ -58,9 +58,16 @@ def digests(directory: Path) -> CheckpointDigests:
     """What `directory` holds: xxh3-128 over the weights, sha256 over the normalised rest."""
     return CheckpointDigests(
         weights=_weights_digest(directory),
-        config=_json_digest(directory, ["config.json"]),
-        tokenizer=_json_digest(directory, ["tokenizer.json", "tokenizer_config.json"]),
+        config=_json_digest([_read_json(directory / "config.json")]),
+        tokenizer=tokenizer_digest(directory),
     )
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """sha256 over what decides how text becomes tokens: the normalised tokenizer files and the chat template."""
+    template = directory / "chat_template.jinja"
+    documents: list[object] = [_read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    return _json_digest([*documents, template.read_text(encoding="utf-8") if template.is_file() else None])
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
@@ -168,9 +175,8 @@ def _file_digest(path: Path) -> str:
         return xxhash.xxh3_128_hexdigest(content)
 
 
-def _json_digest(directory: Path, names: list[str]) -> str:
-    """The same for the same content, however it is spaced and ordered."""
-    documents = [_read_json(directory / name) for name in names]
+def _json_digest(documents: list[object]) -> str:
+    """The same for the same content, however it was spaced and ordered."""
     return hashlib.sha256(json.dumps(documents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

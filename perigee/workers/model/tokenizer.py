@@ -61,18 +61,6 @@ class Tokenizer:
         """Number of tokens, the added ones included."""
         return self._tokens.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._special_id("bos_token")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._special_id("eos_token")
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of `text`. Special tokens that it spells out are taken as such."""
         return _encode(self._tokens, text, add_special_tokens)
@@ -134,10 +122,6 @@ class Tokenizer:
             if text in quoted:
                 quoted = quoted.replace(text, f"{_QUOTE}{index}{_QUOTE}")
         return {**message, "content": quoted}
-
-    def _special_id(self, name: str) -> int | None:
-        text = self._special[name]
-        return None if text is None else self._tokens.token_to_id(text)
 
 
 def _parse(vocabulary: str) -> tokenizers.Tokenizer:
