@@ -28,6 +28,9 @@ proto: $(DEV_STAMP)
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	  $$(find perigee -name '*.proto')
 
+bench: $(DEV_STAMP)
+	$(BIN)/perigee bench engine $(ARGS)
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 

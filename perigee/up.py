@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
 from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator
 
 from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.blocks import DType
 from perigee.kvstore.config import StoreConfig
 from perigee.scheduler.config import ConductorConfig
+from perigee.scheduler.scheduler_pb2 import ClusterRequest
+from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
 from perigee.server.config import ServerConfig
 from perigee.supervisor import Children, ChildSpec, run_directory
 from perigee.workers.config import Role, WorkerConfig
@@ -93,7 +96,7 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
         async with Children(directory, config.grace_s) as children:
             for spec in specs:
                 await children.start(spec)
-            ready = asyncio.create_task(_announce(config.host, port))
+            ready = asyncio.create_task(_announce(config, port, conductor_target(directory)))
             try:
                 death = await children.first_death()
             finally:
@@ -106,7 +109,7 @@ def plan(
     config: UpConfig, port: int, model: Path, directory: Path, process_flags: Sequence[str]
 ) -> Iterator[ChildSpec]:
     """The processes of the cluster, each after those that it needs. `directory` is for their sockets."""
-    conductor = f"unix:{directory}/conductor.sock"
+    conductor = conductor_target(directory)
     store = StoreConfig(
         id="store-0",
         listen=f"unix:{directory}/store-0.grpc.sock",
@@ -128,6 +131,11 @@ def plan(
     for worker in _workers(config, model, directory, store):
         yield _child(worker.id, 2, "worker", worker, process_flags, _openmp(worker.threads))
     yield _child("server", 3, "server", server, process_flags)
+
+
+def conductor_target(directory: Path) -> str:
+    """Where the Conductor of a cluster with this run directory is reached."""
+    return f"unix:{directory}/conductor.sock"
 
 
 def _workers(config: UpConfig, model: Path, directory: Path, store: StoreConfig) -> Iterator[WorkerConfig]:
@@ -205,10 +213,15 @@ async def _resolve(config: UpConfig) -> Path:
         raise ConfigurationError([f"--model: {str(error).removeprefix('model: ')}"]) from error
 
 
-async def _announce(host: str, port: int) -> None:
-    """Says on standard output that the API answers, as soon as it does."""
-    while not await _is_healthy(host, port):  # noqa: ASYNC110  # of another process there is no event to await
+async def _announce(config: UpConfig, port: int, conductor: str) -> None:
+    """Says on standard output that the API answers and that all workers are there, as soon as that is so."""
+    host, num_workers = config.host, config.prefill + config.decode
+    # Of other processes there is no event to await.
+    while not await _is_healthy(host, port):  # noqa: ASYNC110
         await asyncio.sleep(_POLL_S)
+    async with grpc.aio.insecure_channel(conductor) as channel:
+        while await _count_workers(channel) < num_workers:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
     sys.stdout.write(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}\n")
     sys.stdout.flush()
 
@@ -222,3 +235,12 @@ async def _is_healthy(host: str, port: int) -> bool:
         finally:
             writer.close()
     return False
+
+
+async def _count_workers(channel: grpc.aio.Channel) -> int:
+    """How many workers have reported to the Conductor; 0 if it does not answer."""
+    try:
+        state = await ConductorStub(channel).Cluster(ClusterRequest())
+    except grpc.aio.AioRpcError:
+        return 0
+    return sum(worker.HasField("report") for worker in state.workers)

@@ -72,6 +72,15 @@ def test_a_cluster_says_that_it_is_ready_answers_and_ends_when_told(starting: Cl
     assert "killed" not in log
 
 
+@pytest.mark.slow
+def test_a_cluster_is_ready_only_with_all_its_workers(tiny_llama: Path, tmp_path: Path) -> None:
+    flags = (f"--model={tiny_llama}", "--dtype=float32", "--prefill=2", "--decode=2")
+    with cluster(tmp_path, *flags) as started:
+        url = started.wait_ready()
+        workers = {worker["id"]: worker["role"] for worker in get(f"{url}/cluster")["workers"]}
+    assert workers == {"prefill-0": "prefill", "prefill-1": "prefill", "decode-0": "decode", "decode-1": "decode"}
+
+
 def test_nothing_outlives_a_supervisor_that_was_killed(starting: Cluster) -> None:
     children = starting.children()
     starting.wait_ready()

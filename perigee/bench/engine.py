@@ -41,10 +41,14 @@ def run(config: EngineBenchConfig) -> int:
         torch.set_num_threads(config.threads)
     directory = resolve(config.model, config.dtype)
     model = load_config(directory)
-    ours, peer = _rounds(config, directory, model)
+    has_peer = config.peer != "none" and importlib.util.find_spec(config.peer) is not None
+    ours, peer = _rounds(config, directory, model, has_peer)
     results: dict[str, Any] = {**ours.as_json(), "limit": _limit(config, model).as_json(), "machine": describe()}
     if peer:
         results[config.peer] = peer.as_json()
+    elif config.peer != "none":
+        results["peer_missing"] = config.peer
+        sys.stderr.write(f"perigee bench engine: {config.peer} is not installed, so it was not measured\n")
     if config.json_file == "-":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return 0
@@ -54,7 +58,9 @@ def run(config: EngineBenchConfig) -> int:
     return 0
 
 
-def _rounds(config: EngineBenchConfig, directory: Path, model: ModelConfig) -> tuple[Figures, Figures | None]:
+def _rounds(
+    config: EngineBenchConfig, directory: Path, model: ModelConfig, has_peer: bool
+) -> tuple[Figures, Figures | None]:
     """Ours and the peer's in turn, so that both see the machine's good and bad minutes."""
     longest = max((*config.prefill, 64 + 64)) + 64
     worker = WorkerConfig(
@@ -69,12 +75,11 @@ def _rounds(config: EngineBenchConfig, directory: Path, model: ModelConfig) -> t
         max_sequences=max(config.decode),
     )
     engine = load_engine(directory, model, worker)
-    with_peer = config.peer != "none" and importlib.util.find_spec(config.peer) is not None
     ours: list[Figures] = []
     peers: list[Figures] = []
     for _ in range(config.repeats):
         ours.append(measure_engine(engine, config.prefill, config.decode))
-        if with_peer:
+        if has_peer:
             peers.append(_measure_peer(config, directory))
     return best(ours), best(peers) if peers else None
 

@@ -109,6 +109,7 @@ class LocalServer:
             raise InvalidRequest("the first message must be hello")
         if self.sessions is None:
             self.sessions = Sessions(self._node_id, self._open(request.hello), self._feed)
+            self._feed.resize(self.sessions.store.arena.num_slots)
         store = self.sessions.store
         _check_equal("payload_bytes", request.hello.payload_bytes, store.arena.slot_bytes)
         _check_equal("block_tokens", request.hello.block_tokens, store.block_tokens)

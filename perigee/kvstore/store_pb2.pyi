@@ -594,11 +594,14 @@ class BlockEvents(_message.Message):
     FIRST_SEQ_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     first_seq: _builtins.int
     snapshot: _builtins.bool
     """replaces all that was known of this node; events are all STORED"""
+    num_slots: _builtins.int
+    """of the arena, in every message; 0 as long as no worker has said how large a slot is"""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockEvent]: ...
     def __init__(
@@ -609,10 +612,11 @@ class BlockEvents(_message.Message):
         first_seq: _builtins.int = ...,
         snapshot: _builtins.bool = ...,
         events: _abc.Iterable[Global___BlockEvent] | None = ...,
+        num_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_seq", b"first_seq", "incarnation", b"incarnation", "node_id", b"node_id", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_seq", b"first_seq", "incarnation", b"incarnation", "node_id", b"node_id", "num_slots", b"num_slots", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -674,7 +678,6 @@ class StoreStatus(_message.Message):
     HIT_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     MISS_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     CONNECTIONS_FIELD_NUMBER: _builtins.int
-    BAD_CHECKSUMS_TOTAL_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     slot_bytes: _builtins.int
@@ -689,7 +692,6 @@ class StoreStatus(_message.Message):
     hit_blocks_total: _builtins.int
     miss_blocks_total: _builtins.int
     connections: _builtins.int
-    bad_checksums_total: _builtins.int
     def __init__(
         self,
         *,
@@ -707,11 +709,10 @@ class StoreStatus(_message.Message):
         hit_blocks_total: _builtins.int = ...,
         miss_blocks_total: _builtins.int = ...,
         connections: _builtins.int = ...,
-        bad_checksums_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_checksums_total", b"bad_checksums_total", "committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "reserved_blocks", b"reserved_blocks", "slot_bytes", b"slot_bytes", "stored_total", b"stored_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "reserved_blocks", b"reserved_blocks", "slot_bytes", b"slot_bytes", "stored_total", b"stored_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

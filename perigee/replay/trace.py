@@ -1,14 +1,17 @@
 """Request traces: who arrives when, with how many tokens, and sharing what with whom.
 
-Two formats are read, told apart by their content: Mooncake's JSON lines (FAST '25: `timestamp` in ms, `input_length`,
-`output_length`, and in `hash_ids` one id per 512-token block, equal ids being equal prefixes) and the CSV that vidur
-made of Azure's LLM inference traces (`arrived_at` in s, `num_prefill_tokens`, `num_decode_tokens`).
+Three formats are read, told apart by their content: Mooncake's JSON lines (FAST '25: `timestamp` in ms, `input_length`,
+`output_length`, and in `hash_ids` one id per 512-token block, equal ids being equal prefixes), the CSV of Azure's LLM
+inference traces (`TIMESTAMP` as date and time, `ContextTokens`, `GeneratedTokens`), and the CSV that vidur made of it
+(`arrived_at` in s, `num_prefill_tokens`, `num_decode_tokens`).
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -18,6 +21,7 @@ BLOCK_TOKENS = 512
 """What one of Mooncake's `hash_ids` covers. Prompts without ids are cut into blocks of the same size."""
 
 CSV_COLUMNS = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,13 @@ _Reader = Callable[[_Numbered, str], Iterator[TraceRequest]]
 def _reader(first_line: str, name: str) -> _Reader:
     if first_line.lstrip().startswith("{"):
         return _read_json_lines
-    if set(CSV_COLUMNS) <= {column.strip() for column in first_line.split(",")}:
-        return _read_csv
+    columns = {column.strip() for column in first_line.split(",")}
+    for expected, arrival_s in ((CSV_COLUMNS, _Row.time), (AZURE_COLUMNS, _Row.date)):
+        if columns.issuperset(expected):
+            return partial(_read_csv, expected, arrival_s)
     raise TraceError(
-        f"{name}: neither JSON lines nor CSV with the columns {', '.join(CSV_COLUMNS)}: {first_line.strip()[:80]!r}"
+        f"{name}: neither JSON lines nor CSV with the columns {', '.join(CSV_COLUMNS)} or {', '.join(AZURE_COLUMNS)}:"
+        f" {first_line.strip()[:80]!r}"
     )
 
 
@@ -114,18 +121,22 @@ def _read_json_lines(lines: _Numbered, name: str) -> Iterator[TraceRequest]:
         )
 
 
-def _read_csv(lines: _Numbered, name: str) -> Iterator[TraceRequest]:
+def _read_csv(
+    fields: tuple[str, str, str], arrival_s: Callable[["_Row", str], float], lines: _Numbered, name: str
+) -> Iterator[TraceRequest]:
+    """`fields` are the columns of arrival, which `arrival_s` reads, of prompt tokens and of output tokens."""
+    arrival, prompt_tokens, output_tokens = fields
     (_, header), *rows = lines
     columns = [column.strip() for column in header.split(",")]
     unused_ids = count()
     for number, line in rows:
         values = [_number(value) for value in line.split(",")]
         row = _Row(f"{name}:{number}", dict(zip(columns, values, strict=False)))
-        input_tokens = row.positive("num_prefill_tokens")
+        input_tokens = row.positive(prompt_tokens)
         yield TraceRequest(
-            arrival_s=row.time("arrived_at"),
+            arrival_s=arrival_s(row, arrival),
             input_tokens=input_tokens,
-            output_tokens=row.positive("num_decode_tokens"),
+            output_tokens=row.positive(output_tokens),
             # This trace does not say who shares what, so nobody shares anything: each block has an id of its own.
             prefix_ids=tuple(islice(unused_ids, _num_blocks(input_tokens))),
             block_tokens=BLOCK_TOKENS,
@@ -168,6 +179,15 @@ class _Row:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise self._error(field, value, "a number, 0 or more")
         return float(value)
+
+    def date(self, field: str) -> float:
+        """In seconds; one without a zone is taken for UTC, which cancels out: arrivals count from the first."""
+        value = self._take(field)
+        try:
+            date = datetime.fromisoformat(str(value))
+        except ValueError:
+            raise self._error(field, value, "a date and time such as 2023-11-16 18:15:46.680590") from None
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
     def positive(self, field: str) -> int:
         value = self._take(field)

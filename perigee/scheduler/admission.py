@@ -45,19 +45,30 @@ class RoomAtArrival:
         large_enough = usable.holding(demand)
         if not large_enough.can_serve:
             return _too_large(usable, demand)
-        with_room = large_enough.with_room(demand)
-        return with_room if with_room.can_serve else _overload(large_enough, demand, now)
+        storable = large_enough.at(view.stores_for(demand.prompt_pages))
+        if not storable.can_serve:
+            return _too_many_blocks(view, demand)
+        with_room = storable.with_room(demand)
+        return with_room if with_room.can_serve else _overload(storable, demand, now)
 
 
 def _unavailable(pools: Pools) -> Refusal:
     missing = [role for role, workers in (("prefill", pools.prefill), ("decode", pools.decode)) if not workers]
     message = f"no {' and no '.join(missing)} worker is available"
+    if not missing:
+        message = "no store node has both a prefill and a decode worker"
     return Refusal(RejectReason.UNAVAILABLE, message, UNAVAILABLE_RETRY_AFTER_S)
 
 
 def _too_large(pools: Pools, demand: Demand) -> Refusal:
     largest = max((worker.report.total_pages for worker in pools.decoders if worker.report), default=0)
     message = f"the request may take {demand.pages} pages of KVCache; the largest decode worker has {largest}"
+    return Refusal(RejectReason.TOO_LARGE, message)
+
+
+def _too_many_blocks(view: ClusterView, demand: Demand) -> Refusal:
+    most = max(store.num_slots for store in view.stores.values())
+    message = f"the prompt has {demand.prompt_pages} blocks of KVCache; the largest store node has {most} slots"
     return Refusal(RejectReason.TOO_LARGE, message)
 
 

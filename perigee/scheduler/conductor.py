@@ -78,7 +78,7 @@ class Conductor:
             case StoreLost():
                 self.view.lose_store(event.node_id, event.incarnation)
             case Tick():
-                self.view.forget_failures(now)
+                self.view.pass_time(now)
 
     # ---- requests
 
@@ -157,8 +157,6 @@ class Conductor:
         key = RequestKey.of(event.server, event.ref)
         self.view.drop(key)
         self.view.failed[key] = FailedAttempt(event.worker_id, now)
-        if worker := self.view.workers.get(event.worker_id):
-            worker.failures += 1
 
     def _cancelled(self, event: Cancelled) -> None:
         if self._is_outdated(event):

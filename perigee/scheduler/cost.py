@@ -3,10 +3,15 @@
 Seconds throughout. The profile is what was measured before; corrections come from what the workers report.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # Weight that an earlier observation keeps when one more comes in: the last twenty or so decide.
 _KEPT = 0.95
+
+# What was learned of a worker that shows nothing new is half forgotten after this long: were it kept, a worker that was
+# slow once would get no work, and so no chance to show that it is not slow.
+HALF_LIFE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +22,6 @@ class CostProfile:
     prefill_token_s: float = 5e-4
     prefill_pair_s: float = 1e-8  # one new token attending to one earlier token
     load_token_s: float = 2e-6  # out of the local store into the worker's pages
-    transfer_token_s: float = 2e-5  # from another store node, besides
     step_fixed_s: float = 1e-2
     step_sequence_s: float = 1e-3
     step_context_token_s: float = 1e-6
@@ -30,10 +34,6 @@ class CostProfile:
     def load_s(self, tokens: int) -> float:
         """Taking over cached tokens from the local store."""
         return self.load_token_s * tokens
-
-    def transfer_s(self, tokens: int) -> float:
-        """Bringing cached tokens from another store node to the local one."""
-        return self.transfer_token_s * tokens
 
     def step_s(self, batch: int, context_tokens: int) -> float:
         """One decode step of `batch` sequences that hold `context_tokens` together."""
@@ -63,6 +63,7 @@ class Correction:
     error: Error = field(default_factory=Error)  # of the corrected predictions
     _predicted_s: float = 0.0
     _actual_s: float = 0.0
+    _fresh: bool = False  # observed since `relax` was last called
 
     def observe(self, predicted_s: float, actual_s: float) -> None:
         """`predicted_s` is the profile's, uncorrected. What took no time teaches nothing."""
@@ -72,6 +73,16 @@ class Correction:
         self._predicted_s = _KEPT * self._predicted_s + predicted_s
         self._actual_s = _KEPT * self._actual_s + actual_s
         self.factor = self._actual_s / self._predicted_s
+        self._fresh = True
+
+    def relax(self, typical: float, kept: float) -> None:
+        """Unless there was an observation since the last call, keeps only this part of the distance from `typical`, in
+        orders of magnitude, and of the weight of past observations."""
+        if not self._fresh:
+            self.factor = typical * (self.factor / typical) ** kept
+            self._predicted_s *= kept
+            self._actual_s = self.factor * self._predicted_s
+        self._fresh = False
 
 
 @dataclass(slots=True)
@@ -89,9 +100,6 @@ class WorkerCost:
     def load_s(self, tokens: int) -> float:
         return self.load.factor * self.profile.load_s(tokens)
 
-    def transfer_s(self, tokens: int) -> float:
-        return self.profile.transfer_s(tokens)
-
     def step_s(self, batch: int, context_tokens: int) -> float:
         return self.step.factor * self.profile.step_s(batch, context_tokens)
 
@@ -104,6 +112,12 @@ class WorkerCost:
         """A decode step took this long."""
         self.step.observe(self.profile.step_s(batch, context_tokens), step_s)
 
+    def relax(self, typical: "WorkerCost", kept: float) -> None:
+        """Forgets a part of what was learned of what the worker has not done lately."""
+        self.prefill.relax(typical.prefill.factor, kept)
+        self.load.relax(typical.load.factor, kept)
+        self.step.relax(typical.step.factor, kept)
+
 
 class CostModel:
     """Hands each worker its WorkerCost. A new worker starts as slow as the others have been on average: were it to
@@ -113,6 +127,7 @@ class CostModel:
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile
         self._typical = WorkerCost(profile)
+        self._relaxed_at: float | None = None
 
     def new_worker(self) -> WorkerCost:
         typical = self._typical
@@ -134,3 +149,11 @@ class CostModel:
         """A worker's decode step took this long."""
         for each in (cost, self._typical):
             each.observe_step(batch, context_tokens, step_s)
+
+    def relax(self, costs: Iterable[WorkerCost], now: float) -> None:
+        """Lets what was learned of idle workers fade towards what is typical. To be called about every second."""
+        elapsed_s = now - self._relaxed_at if self._relaxed_at is not None else 0.0
+        self._relaxed_at = now
+        kept = 0.5 ** (elapsed_s / HALF_LIFE_S)
+        for cost in costs:
+            cost.relax(self._typical, kept)

@@ -108,7 +108,8 @@ class WorkerLost:
 class BlockEvents:
     """Changes of a store node's blocks, numbered without gaps from `first_seq`, snapshots included.
 
-    A `snapshot` replaces all that was known of the node.
+    A `snapshot` replaces all that was known of the node. `num_slots` is how many blocks it can hold, 0 while that
+    is not known.
     """
 
     node_id: NodeId
@@ -116,6 +117,7 @@ class BlockEvents:
     first_seq: int
     events: tuple[BlockEvent, ...]
     snapshot: bool = False
+    num_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

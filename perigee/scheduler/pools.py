@@ -1,15 +1,18 @@
 """Sets of workers that a policy may choose from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from perigee.scheduler.ids import WorkerId
+from perigee.scheduler.ids import NodeId, WorkerId
 from perigee.scheduler.worker_view import Demand, WorkerView
 
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Workers by what they may be given. A mixed worker does both phases of a request, and never only one of them."""
+    """Workers by what they may be given. A mixed worker does both phases of a request, and never only one of them.
+
+    Both phases of a request share a store node: no node pulls blocks from another.
+    """
 
     prefill: tuple[WorkerView, ...] = ()
     decode: tuple[WorkerView, ...] = ()
@@ -26,12 +29,23 @@ class Pools:
     @property
     def can_serve(self) -> bool:
         """Whether both phases find a worker."""
-        return bool(self.mixed or (self.prefill and self.decode))
+        return bool(self.mixed or self._paired)
+
+    @property
+    def prefillers(self) -> tuple[WorkerView, ...]:
+        """Everyone who could prefill a request whose decode also finds a worker."""
+        return self.mixed + tuple(worker for worker in self.prefill if worker.store in self._paired)
 
     @property
     def decoders(self) -> tuple[WorkerView, ...]:
         """Everyone who could decode a request whose prefill also finds a worker."""
-        return self.mixed + (self.decode if self.prefill else ())
+        return self.mixed + tuple(worker for worker in self.decode if worker.store in self._paired)
+
+    def decoders_after(self, prefiller: WorkerView) -> tuple[WorkerView, ...]:
+        """Who may decode what one of `prefillers` prefilled; at least one."""
+        if any(worker is prefiller for worker in self.mixed):
+            return (prefiller,)
+        return tuple(worker for worker in self.decode if worker.store == prefiller.store)
 
     def holding(self, demand: Demand) -> "Pools":
         """Those large enough for the demand, were they idle."""
@@ -49,9 +63,22 @@ class Pools:
             tuple(worker for worker in self.mixed if worker.has_room(demand)),
         )
 
+    def at(self, nodes: Collection[NodeId]) -> "Pools":
+        """Those whose store node is one of these."""
+        return self._only(lambda worker: worker.store in nodes)
+
     def without(self, worker_id: WorkerId) -> "Pools":
+        return self._only(lambda worker: worker.id != worker_id)
+
+    def _only(self, condition: Callable[[WorkerView], bool]) -> "Pools":
         return Pools(
-            tuple(worker for worker in self.prefill if worker.id != worker_id),
-            tuple(worker for worker in self.decode if worker.id != worker_id),
-            tuple(worker for worker in self.mixed if worker.id != worker_id),
+            tuple(filter(condition, self.prefill)),
+            tuple(filter(condition, self.decode)),
+            tuple(filter(condition, self.mixed)),
         )
+
+    @property
+    def _paired(self) -> frozenset[NodeId]:
+        """The store nodes with workers for both phases."""
+        prefill = {worker.store for worker in self.prefill}
+        return frozenset(worker.store for worker in self.decode if worker.store in prefill)

@@ -54,10 +54,14 @@ class FailedAttempt:
 
 @dataclass(slots=True)
 class StoreView:
-    """A store node whose blocks are known up to `next_seq`. While `resyncing`, its events are of no use."""
+    """A store node whose blocks are known up to `next_seq`. While `resyncing`, its events are of no use.
+
+    It can hold `num_slots` blocks, 0 while that is not known.
+    """
 
     incarnation: str
     next_seq: int
+    num_slots: int
     resyncing: bool = False
 
 
@@ -67,11 +71,11 @@ class Plan:
 
     prefill: WorkerView
     decode: WorkerView
-    prefill_source: str
-    decode_source: str
     new_tokens: int
     ttft_s: float
     tbt_s: float
+    prefill_source: str = ""
+    decode_source: str = ""
 
 
 class ClusterView:
@@ -103,8 +107,14 @@ class ClusterView:
     def demand(self, request: RequestArrived) -> Demand:
         """What a request takes, in pages of the model's blocks. Needs a card, hence a worker."""
         assert self.card is not None
-        max_tokens = min(request.max_tokens, max(0, self.card.max_context - request.num_tokens))
-        return Demand.of(request.num_tokens, max_tokens, self.card.block_tokens)
+        max_len = min(request.num_tokens + request.max_tokens, self.card.max_context)
+        return Demand.of(request.num_tokens, max_len, self.card.block_tokens)
+
+    def stores_for(self, num_blocks: int) -> frozenset[NodeId]:
+        """The store nodes that could hold this many blocks, those included of which that is not known yet."""
+        return frozenset(
+            node for node, store in self.stores.items() if not store.num_slots or num_blocks <= store.num_slots
+        )
 
     def expected_output_tokens(self, max_tokens: int) -> float:
         """How long an answer will be, from the answers so far."""
@@ -147,8 +157,9 @@ class ClusterView:
         for key in [key for key in self.failed if key.server == server]:
             del self.failed[key]
 
-    def forget_failures(self, now: float) -> None:
-        """Drops the memory of failures that no new attempt has followed."""
+    def pass_time(self, now: float) -> None:
+        """Drops the memory of failures that no new attempt has followed, and of how workers were that did nothing."""
+        self.costs.relax((worker.cost for worker in self.workers.values()), now)
         for key in [key for key, failed in self.failed.items() if now - failed.at > FAILURE_MEMORY_S]:
             del self.failed[key]
 
@@ -194,7 +205,8 @@ class ClusterView:
         elif not self._continues(events):
             return False
         self.prefixes.apply(events.node_id, events.events)
-        self.stores[events.node_id] = StoreView(events.incarnation, events.first_seq + len(events.events))
+        next_seq = events.first_seq + len(events.events)
+        self.stores[events.node_id] = StoreView(events.incarnation, next_seq, events.num_slots)
         return True
 
     def lose_store(self, node_id: NodeId, incarnation: str) -> None:

@@ -83,6 +83,7 @@ def blocks_from_pb(message: store_pb2.BlockEvents) -> BlockEvents:
         first_seq=message.first_seq,
         events=tuple(_block_event(event) for event in message.events),
         snapshot=message.snapshot,
+        num_slots=message.num_slots,
     )
 
 

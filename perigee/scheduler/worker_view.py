@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from perigee.kvstore.blocks import num_blocks
 from perigee.scheduler.commands import WorkerAddress
 from perigee.scheduler.cost import WorkerCost
 from perigee.scheduler.ids import NodeId, RequestKey, WorkerId
+from perigee.workers.engine.pages import pages_needed
 from perigee.workers.messages import WorkerReport
 
 # A worker hears of a placement through a server and reports it then: what is younger may not be in its report yet.
@@ -14,15 +14,19 @@ REPORT_LAG_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request will take at the most: pages while its prompt is computed, and pages while it decodes."""
+    """What a request will take at the most: pages while its prompt is computed, as many as the prompt has blocks, and
+    pages while it decodes.
+    """
 
     prompt_pages: int
     pages: int
     num_tokens: int
 
     @classmethod
-    def of(cls, num_tokens: int, max_tokens: int, block_tokens: int) -> "Demand":
-        return cls(num_blocks(num_tokens, block_tokens), num_blocks(num_tokens + max_tokens, block_tokens), num_tokens)
+    def of(cls, num_tokens: int, max_len: int, block_tokens: int) -> "Demand":
+        """Of a prompt of `num_tokens` that may come to `max_len` with its output, by the worker's own rule."""
+        prompt_pages = pages_needed(num_tokens, num_tokens, block_tokens)
+        return cls(prompt_pages, pages_needed(num_tokens, max_len, block_tokens), num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,6 @@ class WorkerView:
     report: WorkerReport | None = None
     reported_at: float = 0.0
     excluded: bool = False  # its card differs from the cluster's
-    failures: int = 0
     last_chosen: int = 0  # ordinal of the last dispatch that chose it
     prefills: dict[RequestKey, PlacedPrefill] = field(default_factory=dict)
     decodes: dict[RequestKey, PlacedDecode] = field(default_factory=dict)

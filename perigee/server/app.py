@@ -20,12 +20,14 @@ from perigee.server.gateway import Gateway
 from perigee.server.routes import cluster, health, models
 from perigee.server.routes.chat import ChatEndpoint
 from perigee.server.routes.completions import CompletionsEndpoint
-from perigee.workers.model.checkpoint import digests, resolve
+from perigee.workers.model.checkpoint import resolve, tokenizer_digest
 from perigee.workers.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 65  # longer than usual clients keep an idle connection, so that they are the ones to close it
+
+_FAREWELL_S = 2  # for the errors of what outlived the grace period to go out, before connections are cut
 
 
 def build(gateway: Gateway) -> Starlette:
@@ -47,18 +49,19 @@ async def run(config: ServerConfig) -> None:
     """Serves until cancelled. Raises CheckpointError, TokenizerError, KeysFileError or OSError if it cannot start."""
     directory = await asyncio.to_thread(resolve, config.model, config.dtype)
     tokenizer = await asyncio.to_thread(Tokenizer.load, directory)
-    digest = (await asyncio.to_thread(digests, directory)).tokenizer
+    digest = await asyncio.to_thread(tokenizer_digest, directory)
     async with Gateway.opened(config, tokenizer, digest) as gateway:
         with _listening(config.host, config.port) as listener:
             logger.info("server listening url=http://%s:%d", config.host, listener.getsockname()[1])
-            await serve(build(gateway), listener, config.shutdown_grace_s)
+            await serve(gateway, listener)
 
 
-async def serve(app: Starlette, listener: socket.socket, shutdown_grace_s: int) -> None:
-    """Answers on `listener` until cancelled; then running requests have the grace period to end."""
+async def serve(gateway: Gateway, listener: socket.socket) -> None:
+    """Answers on `listener` until cancelled; then running requests have the grace period to end, or are told off."""
+    grace_s = gateway.config.shutdown_grace_s
     server = _Server(
         uvicorn.Config(
-            app,
+            build(gateway),
             loop="none",
             http="httptools",
             lifespan="off",
@@ -66,7 +69,7 @@ async def serve(app: Starlette, listener: socket.socket, shutdown_grace_s: int) 
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=shutdown_grace_s,
+            timeout_graceful_shutdown=grace_s + _FAREWELL_S,
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -74,7 +77,9 @@ async def serve(app: Starlette, listener: socket.socket, shutdown_grace_s: int) 
         await asyncio.shield(serving)
     finally:
         server.should_exit = True
+        over = asyncio.get_running_loop().call_later(grace_s, gateway.closing.end)
         await serving
+        over.cancel()
 
 
 class _Server(uvicorn.Server):

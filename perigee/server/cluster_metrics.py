@@ -23,14 +23,12 @@ _WORKER_GAUGES = {
     "free_pages": ("perigee_worker_free_pages", "Pages of KV memory that nobody has reserved"),
     "total_pages": ("perigee_worker_pages", "Pages of KV memory"),
     "last_step_s": ("perigee_worker_last_step_seconds", "How long the last engine step took"),
-    "draining": ("perigee_worker_draining", "Whether it takes no new sequences"),
 }
 _STORE_COUNTERS = {
     "stored_total": ("perigee_store_stored_blocks", "Blocks committed"),
     "evicted_total": ("perigee_store_evicted_blocks", "Blocks evicted"),
     "hit_blocks_total": ("perigee_store_hit_blocks", "Blocks asked for and found"),
     "miss_blocks_total": ("perigee_store_miss_blocks", "Blocks asked for and not found"),
-    "bad_checksums_total": ("perigee_store_bad_checksums", "Blocks whose checksum was wrong"),
 }
 _STORE_GAUGES = {
     "num_slots": ("perigee_store_slots", "Slots of the arena"),

@@ -3,15 +3,17 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.server.conductor_client import ConductorClient, ConductorLost, Rejected, Talk
 from perigee.server.config import ServerConfig
 from perigee.server.errors import (
+    ApiError,
     ContextLengthExceeded,
     GenerationFailed,
-    InvalidRequest,
     Overloaded,
     TimedOut,
     Unavailable,
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 1.0
 
+T = TypeVar("T")
+
 
 class Dispatcher:
     """Drives choices to their end. It holds no state of its own: each choice's is on the stack of `run`."""
@@ -37,17 +41,19 @@ class Dispatcher:
         self._metrics = metrics
         self._config = config
 
-    async def run(self, job: Job, output: Output) -> None:
-        """Returns when `output` has all tokens. Cancelling it cancels the choice everywhere. Raises ApiError."""
+    async def run(self, job: Job, output: Output, admitted: asyncio.Event) -> None:
+        """Returns when `output` has all tokens. Cancelling it cancels the choice everywhere. Raises ApiError.
+
+        Once `admitted` is set, for the request as a whole, the choice waits for room instead of being turned away.
+        """
         progress = Progress(job, output)
         try:
-            async with asyncio.timeout(self._config.request_timeout_s):
-                await self._run(progress)
+            async with asyncio.timeout(job.arrived_s + self._config.request_timeout_s - time.monotonic()):
+                await self._run(progress, Recovery(self._config, job.prompt.field, admitted))
         except TimeoutError:
             raise TimedOut(f"no answer within {self._config.request_timeout_s:g} s") from None
 
-    async def _run(self, progress: Progress) -> None:
-        recovery = Recovery(self._config)
+    async def _run(self, progress: Progress, recovery: "Recovery") -> None:
         while True:
             try:
                 return await self._attempt(progress, progress.sequence(recovery.attempt))
@@ -113,9 +119,9 @@ class Dispatcher:
         self, progress: Progress, talk: Talk, prefill: Leg, decode: Leg, attempt: int, source: str
     ) -> None:
         # Where the output ends with the first token, leaving the legs cancels both: prefill's leases, decode's pages.
-        if not await self._first_token(progress, talk, await _prefilled(prefill, decode)):
+        if not await self._first_token(progress, talk, await _unless_fails(prefill.expect(PrefillDone), decode)):
             decode.start(progress.sequence(attempt), source)
-            await decode.expect(DecodeJoined)
+            await _unless_fails(decode.expect(DecodeJoined), prefill)
             prefill.joined()
             talk.joined()
             await self._decode(progress, decode)
@@ -123,12 +129,10 @@ class Dispatcher:
     async def _first_token(self, progress: Progress, talk: Talk, done: PrefillDone) -> bool:
         """Takes the first token once the Conductor lets the attempt proceed. Returns whether it was the last, too."""
         cached = cached_by_tier(done.cached_tokens_dram, done.cached_tokens_ssd, done.cached_tokens_remote)
-        progress.prefilled(sum(cached.values()))
         with suppress(TimeoutError):  # a Conductor that hangs holds up nothing that it has admitted
             async with asyncio.timeout(self._config.conductor_wait_s):
                 await talk.prefill_done(_report(progress, done, sum(cached.values())))
-        if not progress.admitted:
-            progress.admitted = True
+        if progress.admit(sum(cached.values())):
             self._metrics.count_cached(cached)
         return self._add(progress, done)
 
@@ -154,45 +158,57 @@ class Dispatcher:
 class Recovery:
     """Decides, after a failure, whether and when to dispatch again."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, prompt_field: str, admitted: asyncio.Event) -> None:
         self.attempt = 0
         self._config = config
+        self._prompt_field = prompt_field
+        self._admitted = admitted  # whether any choice of the request is
         self._failures = 0
-        self._failed_at_s = 0.0
+        self._waiting_since_s: float | None = None  # since the last failure, or else since the first rejection
 
     def after_failure(self, failure: AttemptFailed) -> float:
         """Seconds to wait before the next attempt: none at first. Raises ApiError if there is to be none."""
         self.attempt += 1
         self._failures += 1
-        self._failed_at_s = time.monotonic()
-        if failure.code == "invalid":
-            raise InvalidRequest(failure.message)
+        self._waiting_since_s = time.monotonic()
+        if failure.code == "invalid":  # only its size can be wrong: all else was checked when the request came
+            raise ContextLengthExceeded(failure.message, param=self._prompt_field)
         if self._failures >= self._config.max_attempts:
-            raise GenerationFailed(f"{self._failures} attempts failed, the last one with: {failure.code}")
+            raise _exhausted(failure, self._failures)
         return 0.0 if self._failures == 1 else min(0.1 * 2 ** (self._failures - 2), _LONGEST_PAUSE_S)
 
     def after_rejection(self, reject: pb.Reject) -> float:
-        """A request that was admitted once waits for room; a new one is turned away, which raises ApiError."""
+        """Seconds to wait before the next attempt. A new request is turned away, which raises ApiError; one that was
+        admitted waits for room while its deadline allows, and for a failed worker to be replaced for a limited time.
+        """
         self.attempt += 1
-        waited_s = time.monotonic() - self._failed_at_s
-        if self._failures == 0 or reject.reason == pb.Reject.TOO_LARGE or waited_s > self._config.recovery_wait_s:
-            raise _refusal(reject)
+        if reject.reason == pb.Reject.TOO_LARGE or not self._may_wait(reject):
+            raise _refusal(reject, self._prompt_field)
         return min(max(reject.retry_after_s, 0.05), _LONGEST_PAUSE_S)
 
+    def _may_wait(self, reject: pb.Reject) -> bool:
+        if self._admitted.is_set() and reject.reason == pb.Reject.OVERLOAD:
+            return True
+        if not self._admitted.is_set() and self._failures == 0:
+            return False
+        now_s = time.monotonic()
+        self._waiting_since_s = self._waiting_since_s or now_s
+        return now_s - self._waiting_since_s <= self._config.recovery_wait_s
 
-async def _prefilled(prefill: Leg, decode: Leg) -> PrefillDone:
-    """Waits for prefill, or for decode to fail: it says nothing else before its start."""
-    done = asyncio.ensure_future(prefill.expect(PrefillDone))
-    failed = asyncio.ensure_future(decode.expect(DecodeJoined))
+
+async def _unless_fails(message: Coroutine[Any, Any, T], other: Leg) -> T:
+    """Waits for one worker's message, or for the other worker, which has nothing to say meanwhile, to fail."""
+    said = asyncio.ensure_future(message)
+    failed = asyncio.ensure_future(other.fails())
     try:
-        await asyncio.wait({done, failed}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        await asyncio.wait({said, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if not said.done():
             failed.result()
-        return await done
+        return await said
     finally:
-        done.cancel()
+        said.cancel()
         failed.cancel()
-        await asyncio.gather(done, failed, return_exceptions=True)
+        await asyncio.gather(said, failed, return_exceptions=True)
 
 
 def _report(progress: Progress, done: PrefillDone, cached_tokens: int) -> pb.PrefillDone:
@@ -205,10 +221,15 @@ def _report(progress: Progress, done: PrefillDone, cached_tokens: int) -> pb.Pre
     )
 
 
-def _refusal(reject: pb.Reject) -> Exception:
+def _exhausted(last: AttemptFailed, failures: int) -> ApiError:
+    text = f"{failures} attempts failed, the last one with: {last.code}"
+    return Overloaded(text, _LONGEST_PAUSE_S) if last.code == "no_room" else GenerationFailed(text)
+
+
+def _refusal(reject: pb.Reject, prompt_field: str) -> ApiError:
     match reject.reason:
         case pb.Reject.TOO_LARGE:
-            return ContextLengthExceeded(reject.message)
+            return ContextLengthExceeded(reject.message, param=prompt_field)
         case pb.Reject.UNAVAILABLE:
             return Unavailable(reject.message, reject.retry_after_s)
         case _:

@@ -75,13 +75,20 @@ class UnsupportedMediaType(ApiError):
 
 
 class Overloaded(ApiError):
-    """The cluster cannot take this request now without breaking its promises to others."""
+    """The cluster cannot take this request now without breaking its promises to others. Predictions are in seconds,
+    None where nobody made any."""
 
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
 
-    def __init__(self, message: str, retry_after_s: float, predicted_ttft_s: float, predicted_tbt_s: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: float,
+        predicted_ttft_s: float | None = None,
+        predicted_tbt_s: float | None = None,
+    ) -> None:
         super().__init__(message, headers=retry_after(retry_after_s))
         self._predicted = {"predicted_ttft_s": predicted_ttft_s, "predicted_tbt_s": predicted_tbt_s}
 

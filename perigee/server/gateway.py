@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from perigee.scheduler import scheduler_pb2 as pb
+from perigee.server.closing import Closing
 from perigee.server.cluster_metrics import ClusterCollector
 from perigee.server.conductor_client import ConductorClient
 from perigee.server.config import ServerConfig
@@ -28,6 +29,7 @@ class Gateway:
     conductor: ConductorClient
     dispatcher: Dispatcher
     metrics: Metrics
+    closing: Closing
 
     @classmethod
     @asynccontextmanager
@@ -43,7 +45,7 @@ class Gateway:
             metrics = Metrics()
             metrics.registry.register(ClusterCollector(lambda: conductor.state))
             dispatcher = Dispatcher(conductor, workers, metrics, config)
-            yield cls(config, tokenizer, tokenizer_digest, tenants, conductor, dispatcher, metrics)
+            yield cls(config, tokenizer, tokenizer_digest, tenants, conductor, dispatcher, metrics, Closing())
 
     def model_name(self, card: ModelCard) -> str:
         return self.config.served_model_name or card.name

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from perigee.server.closing import Closing
 from perigee.server.dispatch import Dispatcher
 from perigee.server.errors import ApiError
 from perigee.server.job import Job
@@ -33,11 +34,13 @@ class Choice:
 class Generation:
     """The answer to one request as it comes into being. Iterate `pieces`; read `tally` any time."""
 
-    def __init__(self, dispatcher: Dispatcher, prompts: Sequence[Sequence[Choice]]) -> None:
+    def __init__(self, dispatcher: Dispatcher, closing: Closing, prompts: Sequence[Sequence[Choice]]) -> None:
         """`prompts` holds the choices of each prompt."""
         self.tally = Tally(prompt_tokens=sum(len(choices[0].job.prompt.token_ids) for choices in prompts))
         self._dispatcher = dispatcher
+        self._closing = closing
         self._prompts = prompts
+        self._admitted = asyncio.Event()  # a choice was, so the client may have heard of the request
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
 
     @asynccontextmanager
@@ -59,20 +62,35 @@ class Generation:
 
     async def _run(self) -> None:
         try:
-            async with asyncio.TaskGroup() as group:
-                for choices in self._prompts:
-                    group.create_task(self._run_prompt(choices))
+            async with self._closing.guarded():
+                await self._run_prompts(*self._prompts)
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures
+
+    async def _run_prompts(self, first: Sequence[Choice], *others: Sequence[Choice]) -> None:
+        """The first choice of all goes ahead: once it is admitted, the others wait for room as long as it takes."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._run_prompt(first))
+            await self._admitted.wait()
+            for choices in others:
+                group.create_task(self._run_prompt(choices))
 
     async def _run_prompt(self, choices: Sequence[Choice]) -> None:
         """The first choice computes the prompt; the others wait for its blocks and start from them."""
         prefilled = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._dispatcher.run(choices[0].job, _Sink(self, choices[0], prefilled)))
+            group.create_task(self._run_choice(choices[0], prefilled))
             await prefilled.wait()
             for choice in choices[1:]:
-                group.create_task(self._dispatcher.run(choice.job, _Sink(self, choice)))
+                group.create_task(self._run_choice(choice))
+
+    async def _run_choice(self, choice: Choice, prefilled: asyncio.Event | None = None) -> None:
+        await self._dispatcher.run(choice.job, _Sink(self, choice, prefilled), self._admitted)
+
+    def admit(self, cached_tokens: int) -> None:
+        """Called by a choice's sink, with the tokens that the choice found cached in its prompt."""
+        self._admitted.set()
+        self.tally.cached_tokens += cached_tokens
 
     def take(self, choice: Choice, token: Token, reason: FinishReason) -> bool:
         """Called by a choice's sink."""
@@ -86,15 +104,15 @@ class Generation:
 class _Sink:
     """Where the dispatcher puts one choice's tokens. The one that computes the prompt tells when that is done."""
 
-    def __init__(self, generation: Generation, choice: Choice, first: asyncio.Event | None = None) -> None:
+    def __init__(self, generation: Generation, choice: Choice, prefilled: asyncio.Event | None = None) -> None:
         self._generation = generation
         self._choice = choice
-        self._first = first
+        self._prefilled = prefilled
 
-    def prefilled(self, cached_tokens: int) -> None:
-        if self._first is not None:
-            self._generation.tally.cached_tokens += cached_tokens
-            self._first.set()
+    def admitted(self, cached_tokens: int) -> None:
+        if self._prefilled is not None:
+            self._generation.admit(cached_tokens)
+            self._prefilled.set()
 
     def feed(self, token: Token, reason: FinishReason) -> bool:
         return self._generation.take(self._choice, token, reason)

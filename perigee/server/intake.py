@@ -39,9 +39,9 @@ class Call(Generic[R]):
 
     async def prompt(self, encode: Callable[[], Sequence[int]], size: int, field: str) -> Prompt:
         """What `encode` makes of the field that holds the prompt, about `size` characters. Raises InvalidRequest."""
-        prompt = await asyncio.to_thread(self._encode, encode) if size > _LARGE_CHARACTERS else self._encode(encode)
-        _check_prompt(prompt.token_ids, self.card, field)
-        return prompt
+        if size > _LARGE_CHARACTERS:
+            return await asyncio.to_thread(self._encode, encode, field)
+        return self._encode(encode, field)
 
     def choices(self, prompts: Sequence[Prompt], default_max_tokens: int, echoes: Sequence[str]) -> list[list[Choice]]:
         """`n` choices for each prompt. Raises InvalidRequest."""
@@ -50,16 +50,18 @@ class Call(Generic[R]):
         if n * len(prompts) > most:
             text = f"n: {n} choices for {len(prompts)} prompts are {n * len(prompts)}; allowed are {most} in all"
             raise InvalidRequest(text, param="n")
+        _check_tokens(self.request.stop_token_ids or (), self.card, "stop_token_ids")
         seed = secrets.randbits(64) if self.request.seed is None else self.request.seed % 2**64
         samplings = [self._sampling(prompt, default_max_tokens) for prompt in prompts]
         return [
-            [self._choice(index * n + j, prompt, sampling, seed, echo) for j in range(n)]
+            [self._choice(index * n + j, j, prompt, sampling, seed, echo) for j in range(n)]
             for index, (prompt, sampling, echo) in enumerate(zip(prompts, samplings, echoes, strict=True))
         ]
 
-    def _encode(self, encode: Callable[[], Sequence[int]]) -> Prompt:
+    def _encode(self, encode: Callable[[], Sequence[int]], field: str) -> Prompt:
         token_ids = tuple(encode())
-        return Prompt(token_ids, prompt_keys(self.card, token_ids, self.tenant.salt))
+        _check_prompt(token_ids, self.card, field)  # first: keys can only be made of what fits the wire
+        return Prompt(field, token_ids, prompt_keys(self.card, token_ids, self.tenant.salt))
 
     def _sampling(self, prompt: Prompt, default_max_tokens: int) -> Sampling:
         try:
@@ -81,10 +83,11 @@ class Call(Generic[R]):
             )
         return asked
 
-    def _choice(self, index: int, prompt: Prompt, sampling: Sampling, seed: int, echo: str) -> Choice:
+    def _choice(self, index: int, draw: int, prompt: Prompt, sampling: Sampling, seed: int, echo: str) -> Choice:
         job = Job(
             request_id=self.request_id,
             choice=index,
+            draw=draw,
             prompt=prompt,
             sampling=sampling,
             seed=seed,
@@ -106,7 +109,11 @@ def _check_prompt(token_ids: Sequence[int], card: ModelCard, field: str) -> None
             f"is {card.max_context} tokens and the answer needs one at least",
             param=field,
         )
-    if (largest := max(token_ids)) >= card.vocab_size:
+    _check_tokens(token_ids, card, field)
+
+
+def _check_tokens(token_ids: Sequence[int], card: ModelCard, field: str) -> None:
+    if (largest := max(token_ids, default=0)) >= card.vocab_size:
         raise InvalidRequest(
             f"{field}: there is no token {largest}; allowed are 0 to {card.vocab_size - 1}", param=field
         )

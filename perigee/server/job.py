@@ -1,7 +1,7 @@
 """One choice of a request: what it asks for, and what has come of it so far."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from perigee.kvstore import blocks
@@ -13,8 +13,8 @@ from perigee.workers.messages import ModelCard
 class Output(Protocol):
     """Where a choice's tokens go."""
 
-    def prefilled(self, cached_tokens: int) -> None:
-        """The prompt's blocks are committed; `cached_tokens` of it had not to be computed. Called once."""
+    def admitted(self, cached_tokens: int) -> None:
+        """The prompt is computed, all but `cached_tokens` of it, and the first token may go out. Called once."""
 
     def feed(self, token: Token, reason: FinishReason) -> bool:
         """Takes the next token. Returns whether the output ends here, for `reason` or at a stop string."""
@@ -22,18 +22,23 @@ class Output(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, and the keys of their blocks."""
+    """Token ids, the keys of their blocks, and the request's field that they come from."""
 
+    field: str
     token_ids: tuple[int, ...]
     block_keys: tuple[BlockKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One choice of a request, as every attempt at it starts. `deadline_s` is Unix time, `arrived_s` monotonic."""
+    """One choice of a request, as every attempt at it starts. `deadline_s` is Unix time, `arrived_s` monotonic.
+
+    `choice` names it within the request, `draw` among the choices of its prompt.
+    """
 
     request_id: str
     choice: int
+    draw: int
     prompt: Prompt
     sampling: Sampling
     seed: int
@@ -51,9 +56,8 @@ class Progress:
 
     def __init__(self, job: Job, output: Output) -> None:
         self.job = job
-        self.admitted = False  # the Conductor said Proceed once, so the client may have heard of us
         self._output = output
-        self._prefilled = False
+        self._admitted = False  # the Conductor said Proceed once, so the client may have heard of us
         self._tokens: list[int] = []
         self._first_at_s = 0.0
         self._last_at_s = 0.0
@@ -87,13 +91,16 @@ class Progress:
             seed=job.seed,
             deadline_s=job.deadline_s,
             salt=job.salt,
+            draw=job.draw,
         )
 
-    def prefilled(self, cached_tokens: int) -> None:
-        """Attempts after the first find their own blocks, which says nothing to the client."""
-        if not self._prefilled:
-            self._prefilled = True
-            self._output.prefilled(min(cached_tokens, len(self.job.prompt.token_ids)))
+    def admit(self, cached_tokens: int) -> bool:
+        """An attempt may proceed. Returns whether it is the first: later ones find our own blocks cached."""
+        first = not self._admitted
+        if first:
+            self._admitted = True
+            self._output.admitted(min(cached_tokens, len(self.job.prompt.token_ids)))
+        return first
 
     def add(self, token: Token, reason: FinishReason, now_s: float) -> tuple[float, bool]:
         """Takes the next token. Returns the seconds since the last one (or arrival), and whether the output ended."""
@@ -121,11 +128,6 @@ class Progress:
 def prompt_keys(card: ModelCard, token_ids: tuple[int, ...], salt: bytes) -> tuple[BlockKey, ...]:
     """The keys of all blocks of `token_ids`, private to the tenant of `salt` from the first on."""
     return tuple(blocks.chain(BlockKey(card.namespace), token_ids, card.block_tokens, salt))
-
-
-def by_choice(job: Job, choices: range) -> list[Job]:
-    """The job once for each choice. They share a seed: randomness is drawn from it and the choice's number."""
-    return [replace(job, choice=choice) for choice in choices]
 
 
 def cached_by_tier(dram: int, ssd: int, remote: int) -> Mapping[str, int]:

@@ -1,7 +1,7 @@
 """One attempt's dealings with one worker."""
 
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from perigee.workers.client import AttemptChannel
 from perigee.workers.engine.sequence import Sequence
@@ -57,20 +57,28 @@ class Leg:
 
     async def expect(self, kind: type[T]) -> T:
         """The worker's next message, which must be of this kind. Raises AttemptFailed, also again if it did once."""
-        if self._failure is None:
-            try:
-                message = await self._channel.receive()
-            except WorkerLost as lost:
-                self._failure = AttemptFailed(self.worker_id, "lost", str(lost))
-            else:
-                if isinstance(message, kind):
-                    return message
-                self._failure = self._failure_of(message, kind)
+        message = await self._receive()
+        if isinstance(message, kind):
+            return message
+        self._failure = self._failure_of(message, kind.__name__)
         raise self._failure
 
-    def _failure_of(self, message: FromWorker, expected: type[object]) -> AttemptFailed:
+    async def fails(self) -> NoReturn:
+        """Listens while the worker has nothing to say. Raises AttemptFailed as soon as there is something."""
+        self._failure = self._failure_of(await self._receive(), "nothing")
+        raise self._failure
+
+    async def _receive(self) -> FromWorker:
+        if self._failure is None:
+            try:
+                return await self._channel.receive()
+            except WorkerLost as lost:
+                self._failure = AttemptFailed(self.worker_id, "lost", str(lost))
+        raise self._failure
+
+    def _failure_of(self, message: FromWorker, expected: str) -> AttemptFailed:
         if isinstance(message, Failed):
             self._settled = True
             return AttemptFailed(self.worker_id, message.code, message.message)
-        text = f"sent {type(message).__name__} where {expected.__name__} was due"
+        text = f"sent {type(message).__name__} where {expected} was due"
         return AttemptFailed(self.worker_id, "internal", text)

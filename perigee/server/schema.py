@@ -11,6 +11,10 @@ from perigee.workers.engine.sequence import Sampling
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
+MAX_UINT32 = 2**32 - 1  # the widest that counts and token ids are on the wire
+
+# Dividing logits by less than this overflows; what it would draw is the likeliest token anyway.
+_GREEDY_BELOW = 1e-5
 
 Prompt = str | tuple[int, ...]
 
@@ -103,17 +107,17 @@ class GenerationRequest(_Model):
     min_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_UINT32)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_UINT32)
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)], ...],
         Field(max_length=MAX_STOPS, strict=False),
         BeforeValidator(_stops),
     ] = ()
-    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False)] | None = None
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_UINT32)], ...], Field(strict=False)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -152,7 +156,7 @@ class GenerationRequest(_Model):
         if min_tokens > max_tokens:
             raise _field_error("min_tokens", f"must not be more than the output limit of {max_tokens}", min_tokens)
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=_temperature(self.temperature),
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),
             max_tokens=max_tokens,
@@ -226,6 +230,12 @@ class ChatRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _temperature(asked: float | None) -> float:
+    if asked is None:
+        return 1.0
+    return 0.0 if asked < _GREEDY_BELOW else asked
 
 
 def _field_error(field: str, message: str, value: object) -> ValidationError:

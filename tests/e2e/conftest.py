@@ -46,5 +46,4 @@ def pairs(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.Tem
     """Two workers of each role, which compute prompts in small chunks."""
     flags = ("--prefill=2", "--decode=2", "--max-batched-tokens=48")
     with up(tmp_path_factory.mktemp("pairs"), tiny_llama, vocabulary, *flags) as endpoint:
-        asyncio.run(endpoint.until(lambda members: len(members) == 5))  # it is ready with one worker of each role
         yield endpoint

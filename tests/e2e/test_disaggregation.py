@@ -32,6 +32,17 @@ async def test_prefill_computes_what_is_not_cached_and_decode_no_prompt_token(ti
     assert after["decode"] == 0
 
 
+async def test_a_prompt_that_is_wholly_cached_is_computed_for_one_token_only(tiny: Endpoint) -> None:
+    prompt = random_prompt(1000, tiny.vocabulary.size, "wholly cached")
+    first = await tiny.complete(prompt)
+    before = await computed(tiny)
+    second = await tiny.complete(prompt)
+    after = await computed(tiny)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 999)
+    assert after["prefill"] - before["prefill"] == 1
+    assert second.token_ids == first.token_ids
+
+
 async def test_metrics_tell_who_computed_prompt_tokens(tiny: Endpoint) -> None:
     await tiny.complete(random_prompt(40, tiny.vocabulary.size, "metrics"))
     counted = await computed(tiny)

@@ -51,3 +51,16 @@ async def test_a_watcher_that_does_not_take_its_events_is_dropped_and_the_others
     assert slow.overflowed and not quick.overflowed
     assert slow._pending == []
     assert [len(message.events) async for message in slow_messages] == [0]
+
+
+async def test_every_message_tells_the_number_of_slots_and_a_change_has_a_message_of_its_own() -> None:
+    feed = Feed("n", "i")
+    early = feed.subscribe([]).messages()
+    assert (await anext(early)).num_slots == 0
+    feed.resize(16)
+    resized = await anext(early)
+    assert (resized.snapshot, resized.first_seq, len(resized.events), resized.num_slots) == (False, 0, 0, 16)
+    feed.publish(_stored(KEYS[:1]))
+    changed = await anext(early)
+    assert (changed.first_seq, len(changed.events), changed.num_slots) == (0, 1, 16)
+    assert (await anext(feed.subscribe([]).messages())).num_slots == 16

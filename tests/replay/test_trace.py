@@ -11,6 +11,7 @@ from perigee.replay.trace import TraceRequest, parse_trace, read_trace, scale, s
 
 JSON_ROW = {"timestamp": 1500, "input_length": 700, "output_length": 30, "hash_ids": [3, 4]}
 CSV_HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens"
+AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
 def json_line(**changed: object) -> str:
@@ -42,6 +43,23 @@ def test_without_ids_no_two_prompts_share_a_block() -> None:
     trace = parse_trace([CSV_HEADER, "0.5,513,1", "1.5,512,2"], "t")
     assert [request.prefix_ids for request in trace] == [(0, 1), (2,)]
     assert [request.arrival_s for request in trace] == [0.0, 1.0]
+
+
+def test_azures_own_columns_are_read_and_arrivals_count_from_the_first() -> None:
+    lines = [AZURE_HEADER, "2023-11-16 23:59:59.6805900,374,44", "2023-11-17 00:00:01.1805900,396,109"]
+    trace = parse_trace(lines, "t")
+    assert [(request.input_tokens, request.output_tokens) for request in trace] == [(374, 44), (396, 109)]
+    assert [request.arrival_s for request in trace] == [0.0, pytest.approx(1.5)]
+
+
+def test_a_date_may_name_its_zone() -> None:
+    lines = [AZURE_HEADER, "2024-05-10T12:00:00+00:00,1,1", "2024-05-10T14:00:02+02:00,1,1"]
+    assert [request.arrival_s for request in parse_trace(lines, "t")] == [0.0, 2.0]
+
+
+def test_a_bad_date_is_named() -> None:
+    with pytest.raises(TraceError, match="t:2: TIMESTAMP: 'soon' given, allowed is a date and time such as"):
+        parse_trace([AZURE_HEADER, "soon,1,1"], "t")
 
 
 def test_csv_columns_may_come_in_any_order() -> None:

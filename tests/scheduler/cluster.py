@@ -45,7 +45,6 @@ PROFILE = CostProfile(
     prefill_token_s=1e-3,
     prefill_pair_s=0.0,
     load_token_s=1e-5,
-    transfer_token_s=1e-4,
     step_fixed_s=0.01,
     step_sequence_s=0.001,
     step_context_token_s=1e-6,
@@ -79,9 +78,11 @@ class Cluster:
 
     # ---- members
 
-    def add_store(self, node: NodeId = STORE, held: tuple[BlockKey, ...] = (), incarnation: str = "1") -> None:
+    def add_store(
+        self, node: NodeId = STORE, held: tuple[BlockKey, ...] = (), incarnation: str = "1", num_slots: int = 0
+    ) -> None:
         events = tuple(BlockEvent(True, key) for key in held)
-        assert self.hear(BlockEvents(node, incarnation, 0, events, snapshot=True)) == []
+        assert self.hear(BlockEvents(node, incarnation, 0, events, snapshot=True, num_slots=num_slots)) == []
 
     def add_worker(
         self, worker_id: str, role: str, store: NodeId = STORE, incarnation: str = "1", **report: object

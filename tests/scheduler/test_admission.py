@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 
 from perigee.scheduler.commands import RejectReason
-from perigee.scheduler.events import StoreLost, WorkerLost
-from perigee.scheduler.ids import WorkerId
-from tests.scheduler.cluster import CARD, STORE, Cluster, one_of_each
+from perigee.scheduler.events import BlockEvents, StoreLost, WorkerLost
+from perigee.scheduler.ids import NodeId, WorkerId
+from perigee.scheduler.worker_view import Demand
+from perigee.workers.engine.batcher import Batcher, BatchLimits
+from perigee.workers.engine.pages import PagePool
+from perigee.workers.engine.sequence import Ref, Sampling, Sequence
+from tests.scheduler.cluster import BLOCK_TOKENS, CARD, STORE, Cluster, one_of_each
 
 
 def full(pages: int = 6, max_sequences: int = 8) -> Cluster:
@@ -35,9 +39,9 @@ def test_overload_when_no_decode_worker_has_a_place_in_its_batch() -> None:
 def test_pages_count_all_tokens_that_may_come() -> None:
     cluster = one_of_each(decode=0)
     cluster.add_worker("d0", "decode", free_pages=10, total_pages=10)
-    cluster.dispatch("a", num_tokens=100, max_tokens=92)  # six pages
-    assert cluster.reject("b", num_tokens=100, max_tokens=29).reason is RejectReason.OVERLOAD  # five
-    cluster.dispatch("c", num_tokens=100, max_tokens=28)  # four
+    cluster.dispatch("a", num_tokens=100, max_tokens=93)  # six pages, for the last token is never computed
+    assert cluster.reject("b", num_tokens=100, max_tokens=30).reason is RejectReason.OVERLOAD  # five
+    cluster.dispatch("c", num_tokens=100, max_tokens=29)  # four
 
 
 def test_tokens_past_the_models_context_are_not_counted() -> None:
@@ -99,11 +103,11 @@ def test_retry_after_stays_between_a_second_and_a_minute() -> None:
 
 def test_too_large_when_no_decode_worker_could_ever_hold_it() -> None:
     cluster = one_of_each(decode=2)
-    reject = cluster.reject("r", num_tokens=3000, max_tokens=201)
+    reject = cluster.reject("r", num_tokens=3000, max_tokens=202)
     assert (reject.reason, reject.retry_after_s) == (RejectReason.TOO_LARGE, 0.0)
     assert "101 pages" in reject.message
     assert "has 100" in reject.message
-    cluster.dispatch("r", num_tokens=3000, max_tokens=200, attempt=1)
+    cluster.dispatch("r", num_tokens=3000, max_tokens=201, attempt=1)
 
 
 def test_too_large_when_no_prefill_worker_could_ever_hold_the_prompt() -> None:
@@ -111,6 +115,57 @@ def test_too_large_when_no_prefill_worker_could_ever_hold_the_prompt() -> None:
     cluster.add_worker("p0", "prefill", free_pages=10, total_pages=10)
     assert cluster.reject("r", num_tokens=321).reason is RejectReason.TOO_LARGE
     cluster.dispatch("r", num_tokens=320, max_tokens=1000, attempt=1)
+
+
+@pytest.mark.parametrize(("num_tokens", "max_tokens"), [(1, 0), (32, 1), (32, 2), (33, 31), (33, 32), (600, 5000)])
+def test_pages_are_those_that_a_worker_will_take(num_tokens: int, max_tokens: int) -> None:
+    max_context = 1000
+    sequence = Sequence(Ref("r"), (1,) * num_tokens, num_tokens, (), Sampling(max_tokens=max_tokens))
+    batcher = Batcher(PagePool(100, BLOCK_TOKENS), BatchLimits(64, 8, max_context), frozenset())
+    demand = Demand.of(num_tokens, min(num_tokens + max_tokens, max_context), BLOCK_TOKENS)
+    assert demand.prompt_pages == batcher.pages_needed(sequence, one_token=True)
+    assert demand.pages == batcher.pages_needed(sequence, one_token=False)
+
+
+def test_too_large_when_no_store_node_has_slots_for_the_blocks_of_the_prompt() -> None:
+    cluster = one_of_each()
+    cluster.add_store(num_slots=10)
+    reject = cluster.reject("r", num_tokens=321)
+    assert (reject.reason, reject.retry_after_s) == (RejectReason.TOO_LARGE, 0.0)
+    assert reject.message == "the prompt has 11 blocks of KVCache; the largest store node has 10 slots"
+    cluster.dispatch("r", num_tokens=320, max_tokens=1000, attempt=1)
+
+
+def test_a_prompt_goes_to_the_store_node_that_has_slots_for_it() -> None:
+    cluster = Cluster()
+    for node, num_slots in ((NodeId("small"), 10), (NodeId("large"), 11)):
+        cluster.add_store(node, num_slots=num_slots)
+        cluster.add_worker(f"m-{node}", "mixed", node)
+    cluster.report("m-large", "mixed", queued_prefill_tokens=5000)
+    assert cluster.dispatch("short", num_tokens=320).prefill.id == "m-small"
+    assert cluster.dispatch("long", num_tokens=321).prefill.id == "m-large"
+
+
+def test_a_store_node_that_does_not_know_its_slots_yet_refuses_nothing() -> None:
+    cluster = one_of_each()
+    cluster.dispatch("r", num_tokens=3000)
+
+
+def test_the_slots_of_a_store_node_may_become_known_without_any_block() -> None:
+    cluster = one_of_each()
+    cluster.hear(BlockEvents(STORE, "1", 0, (), num_slots=10))
+    assert cluster.reject("r", num_tokens=321).reason is RejectReason.TOO_LARGE
+
+
+def test_unavailable_without_a_store_node_that_has_workers_for_both_phases() -> None:
+    cluster = Cluster()
+    for node, role in ((NodeId("left"), "prefill"), (NodeId("right"), "decode")):
+        cluster.add_store(node)
+        cluster.add_worker(role, role, node)
+    reject = cluster.reject("r")
+    assert reject.reason is RejectReason.UNAVAILABLE
+    assert reject.message == "no store node has both a prefill and a decode worker"
+    assert not cluster.conductor.view.ready(cluster.now)
 
 
 def test_a_request_goes_to_the_one_worker_that_is_large_enough() -> None:

@@ -135,7 +135,6 @@ def test_the_next_attempt_avoids_the_worker_that_failed(failing: str) -> None:
     cluster.report("d1", "decode", running_sequences=1)
     dispatch = cluster.dispatch("r", attempt=1)
     assert failing not in (dispatch.prefill.id, dispatch.decode.id)
-    assert cluster.conductor.view.workers[WorkerId(failing)].failures == 1
 
 
 def test_only_the_immediate_next_attempt_avoids_it() -> None:
@@ -260,6 +259,28 @@ def test_step_times_are_learned_from_new_steps_of_decoding_workers_only() -> Non
     costs = cluster.conductor.view.workers[WorkerId("d0")].cost
     assert costs.step.factor == pytest.approx(10.0)
     assert costs.step.error.observations == 1
+
+
+def test_a_decode_worker_that_was_slow_once_gets_work_again_after_a_while() -> None:
+    cluster = one_of_each(decode=2)
+    for worker in ("d0", "d1"):
+        cluster.report(worker, "decode", running_sequences=1, last_step_s=0.011, steps_total=1)
+    cluster.report("d0", "decode", running_sequences=1, last_step_s=5.0, steps_total=2)
+    cluster.report("d0", "decode", steps_total=2)
+    chosen = [cluster.dispatch("first").decode.id]
+    cluster.finish("first")
+    for second in range(300):
+        cluster.now += 1.0
+        cluster.hear(Tick())
+        for worker, running in (("d0", 0), ("d1", 1)):
+            steps = {"running_sequences": running, "last_step_s": 0.011, "steps_total": 2 + second * running}
+            cluster.report(worker, "decode", **steps)
+            cluster.report(worker, "decode", steps_total=2 + second * running)
+        cluster.report("p0", "prefill")
+    for request in ("second", "third"):
+        chosen.append(cluster.dispatch(request).decode.id)
+        cluster.finish(request)
+    assert chosen == ["d1", "d0", "d1"]
 
 
 def test_predictions_are_held_against_what_came() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perigee.scheduler.cost import CostModel, CostProfile, WorkerCost
+from perigee.scheduler.cost import HALF_LIFE_S, CostModel, CostProfile, WorkerCost
 from tests.scheduler.cluster import PROFILE
 
 
@@ -66,3 +66,41 @@ def test_a_new_worker_starts_from_what_the_others_showed() -> None:
     assert new.prefill_s(500, 0) == pytest.approx(1.0)
     assert new.step_s(1, 0) == pytest.approx(0.022)
     assert new.prefill.error.observations == 0
+
+
+def a_slow_and_a_quick_worker(model: CostModel) -> tuple[WorkerCost, WorkerCost]:
+    slow, quick = model.new_worker(), model.new_worker()
+    model.observe_step(slow, batch=1, context_tokens=0, step_s=1.1)
+    for _ in range(400):
+        model.observe_step(quick, batch=1, context_tokens=0, step_s=0.011)
+    assert (slow.step.factor, quick.step.factor) == (pytest.approx(100.0), pytest.approx(1.0))
+    return slow, quick
+
+
+def test_what_a_worker_does_not_show_again_fades_towards_what_is_typical() -> None:
+    model = CostModel(PROFILE)
+    slow, quick = a_slow_and_a_quick_worker(model)
+    model.relax([slow, quick], now=10.0)
+    model.relax([slow, quick], now=10.0 + HALF_LIFE_S)
+    assert (slow.step.factor, quick.step.factor) == (pytest.approx(10.0, rel=0.01), pytest.approx(1.0))
+    model.relax([slow, quick], now=10.0 + 20 * HALF_LIFE_S)
+    assert slow.step.factor == pytest.approx(1.0, rel=0.01)
+
+
+def test_what_a_worker_shows_again_and_again_stays() -> None:
+    model = CostModel(PROFILE)
+    slow, quick = a_slow_and_a_quick_worker(model)
+    for second in range(600):
+        model.observe_step(quick, batch=1, context_tokens=0, step_s=0.011)
+        model.observe_step(slow, batch=1, context_tokens=0, step_s=1.1)
+        model.relax([slow, quick], now=float(second))
+    assert slow.step.factor == pytest.approx(100.0)
+
+
+def test_a_faded_correction_follows_the_next_observation_quickly() -> None:
+    model = CostModel(PROFILE)
+    slow, quick = a_slow_and_a_quick_worker(model)
+    for now in (0.0, 0.0, 10 * HALF_LIFE_S):
+        model.relax([slow, quick], now)
+    model.observe_step(slow, batch=1, context_tokens=0, step_s=0.022)
+    assert slow.step.factor == pytest.approx(2.0, rel=0.01)

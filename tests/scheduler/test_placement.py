@@ -3,17 +3,16 @@
 import pytest
 
 from perigee.kvstore.messages import BlockEvent
-from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.events import BlockEvents
-from perigee.scheduler.ids import NodeId
-from tests.scheduler.cluster import PROFILE, Cluster, keys, one_of_each
+from perigee.scheduler.ids import NodeId, WorkerId
+from tests.scheduler.cluster import Cluster, keys, one_of_each
 
 LEFT, RIGHT = NodeId("left"), NodeId("right")
 
 
-def two_hosts(profile: CostProfile = PROFILE) -> Cluster:
+def two_hosts() -> Cluster:
     """A prefill and a decode worker on each of two hosts."""
-    cluster = Cluster(profile)
+    cluster = Cluster()
     for node in (LEFT, RIGHT):
         cluster.add_store(node)
         cluster.add_worker(f"p-{node}", "prefill", node)
@@ -57,30 +56,41 @@ def test_prefill_goes_where_the_prefix_is(node: NodeId) -> None:
     assert (dispatch.prefill.id, dispatch.prefill_source) == (f"p-{node}", "")
 
 
-def test_a_long_queue_outweighs_a_cached_prefix_which_is_then_pulled() -> None:
+def test_a_long_queue_outweighs_a_cached_prefix_which_the_other_node_cannot_pull() -> None:
     cluster = two_hosts()
-    hold(cluster, LEFT, 960)
-    cluster.report("p-left", "prefill", queued_prefill_tokens=5000)
-    dispatch = cluster.dispatch("r", num_tokens=1000)
-    assert (dispatch.prefill.id, dispatch.prefill_source) == ("p-right", "left")
-    assert dispatch.predicted_ttft_s == pytest.approx(0.04 + 0.0096 + 0.096)
-
-
-def test_a_prefix_is_recomputed_where_that_is_faster_than_pulling_it() -> None:
-    slow_network = CostProfile(prefill_fixed_s=0.0, prefill_token_s=1e-3, prefill_pair_s=0.0, transfer_token_s=1.0)
-    cluster = two_hosts(slow_network)
     hold(cluster, LEFT, 960)
     cluster.report("p-left", "prefill", queued_prefill_tokens=5000)
     dispatch = cluster.dispatch("r", num_tokens=1000)
     assert (dispatch.prefill.id, dispatch.prefill_source) == ("p-right", "")
+    assert dispatch.predicted_ttft_s == pytest.approx(1.0)
 
 
-def test_decode_on_another_host_is_told_where_prefill_commits() -> None:
+def test_both_phases_are_on_one_store_node_however_busy_its_decode_worker_is() -> None:
     cluster = two_hosts()
     hold(cluster, LEFT, 960)
     cluster.report("d-left", "decode", running_sequences=4, context_tokens=9000)
     dispatch = cluster.dispatch("r", num_tokens=1000)
-    assert (dispatch.prefill.id, dispatch.decode.id, dispatch.decode_source) == ("p-left", "d-right", "left")
+    assert (dispatch.prefill.id, dispatch.decode.id, dispatch.decode_source) == ("p-left", "d-left", "")
+
+
+def test_a_store_node_whose_decode_workers_are_full_gets_no_prompt() -> None:
+    cluster = two_hosts()
+    hold(cluster, LEFT, 960)
+    cluster.report("d-left", "decode", running_sequences=8)
+    dispatch = cluster.dispatch("r", num_tokens=1000)
+    assert (dispatch.prefill.id, dispatch.decode.id) == ("p-right", "d-right")
+
+
+def test_workers_that_differ_by_less_than_predictions_can_tell_take_turns() -> None:
+    cluster = one_of_each(prefill=2, decode=2)
+    cluster.conductor.view.workers[WorkerId("p1")].cost.prefill.factor = 1.02
+    cluster.conductor.view.workers[WorkerId("d1")].cost.step.factor = 1.02
+    chosen = []
+    for index in range(4):
+        dispatch = cluster.dispatch(f"r{index}")
+        chosen.append((dispatch.prefill.id, dispatch.decode.id))
+        cluster.finish(f"r{index}")
+    assert chosen == [("p0", "d0"), ("p1", "d1")] * 2
 
 
 def test_prompts_spread_over_prefill_workers_before_any_of_them_reports() -> None:

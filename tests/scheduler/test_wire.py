@@ -78,13 +78,14 @@ def test_block_events_are_understood() -> None:
         node_id=STORE,
         incarnation="1",
         first_seq=7,
+        num_slots=77,
         events=[
             store_pb2.BlockEvent(kind=store_pb2.BlockEvent.STORED, tier=store_pb2.SSD, key=KEY),
             store_pb2.BlockEvent(kind=store_pb2.BlockEvent.REMOVED, key=KEY),
         ],
     )
     expected = (BlockEvent(True, KEY, Tier.SSD), BlockEvent(False, KEY, Tier.DRAM))
-    assert blocks_from_pb(message) == BlockEvents(STORE, "1", 7, expected)
+    assert blocks_from_pb(message) == BlockEvents(STORE, "1", 7, expected, num_slots=77)
 
 
 def test_a_tier_that_nobody_knows_is_refused() -> None:

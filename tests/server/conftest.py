@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from perigee.scheduler import scheduler_pb2 as pb
-from perigee.server.app import build, serve
+from perigee.server.app import serve
 from perigee.server.config import ServerConfig
 from perigee.server.gateway import Gateway
 from perigee.workers.engine.sequence import Token
@@ -21,7 +21,7 @@ from perigee.workers.messages import ModelCard
 from perigee.workers.model.tokenizer import Tokenizer
 from perigee.workers.wire import card_to_pb
 from tests.server.fakes import FakeConductor, FakeWorker, store_state
-from tests.small_tokenizer import write_tokenizer
+from tests.small_tokenizer import END, write_tokenizer
 
 CONTEXT = 256
 BLOCK_TOKENS = 4
@@ -44,7 +44,7 @@ def card(tokenizer: Tokenizer) -> ModelCard:
         max_context=CONTEXT,
         vocab_size=tokenizer.vocab_size,
         namespace=b"n" * 32,
-        eos_token_ids=(tokenizer.eos_token_id or 0,),
+        eos_token_ids=(tokenizer.encode(END)[0],),
     )
 
 
@@ -93,7 +93,7 @@ async def cluster(sockets: Path, tokenizer: Tokenizer, card: ModelCard) -> Async
     parts = (conductor, prefill, decode)
     for part in parts:
         await part.up()
-    prefill.eos = decode.eos = tokenizer.eos_token_id
+    prefill.eos = decode.eos = card.eos_token_ids[0]
     yield Cluster(conductor, prefill, decode, tokenizer, card, sockets)
     for part in parts:
         await part.down()
@@ -111,7 +111,7 @@ async def fronted(cluster: Cluster, **settings: Any) -> AsyncIterator[Cluster]:
     cluster.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     async with Gateway.opened(config, cluster.tokenizer) as gateway:
         await gateway.conductor.refresh()
-        serving = asyncio.create_task(serve(build(gateway), listener, config.shutdown_grace_s))
+        serving = asyncio.create_task(serve(gateway, listener))
         try:
             yield cluster
         finally:

@@ -156,6 +156,8 @@ class FakeWorker(FakeServer, worker_pb2_grpc.WorkerServicer):
         self.fail_at: tuple[int, str] | None = None  # the same with Failed of this code
         self.wait_at: int | None = None  # waits for `go_on` before it sends the token of this index
         self.go_on = asyncio.Event()
+        self.may_join = asyncio.Event()
+        self.may_join.set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -208,6 +210,7 @@ class FakeWorker(FakeServer, worker_pb2_grpc.WorkerServicer):
         begin = work.num_outputs
         end = begin + 1 if self.role == "prefill" else len(tokens)
         if self.role == "decode":
+            await self.may_join.wait()
             outbox.put_nowait(wire.joined_to_pb(DecodeJoined(work.ref)))
         for index in range(begin, end):
             if index == self.wait_at:

@@ -100,6 +100,13 @@ async def test_every_prompt_and_choice_gets_its_own_sequence(front: Cluster, cli
     assert {work.ref.request_id for work in works} == {answer.id}
 
 
+async def test_a_prompts_draws_do_not_depend_on_the_other_prompts(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers("hello")
+    await client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=1, seed=5)
+    works = sorted((sequence_from_pb(start.sequence) for start in front.prefill.said("start")), key=lambda w: w.ref)
+    assert [(work.ref.choice, work.draw) for work in works] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
 async def test_further_choices_wait_for_the_first_ones_prefill(front: Cluster, client: AsyncOpenAI) -> None:
     front.answers("hello world")
     order: list[tuple[str, int]] = []

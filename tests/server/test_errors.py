@@ -37,7 +37,14 @@ async def test_a_bad_field_is_named_before_anybody_else_hears_of_the_request(fro
 
 async def test_what_only_the_model_can_tell_is_checked_too(front: Cluster) -> None:
     refused = {
-        "prompt": ({"prompt": ""}, {"prompt": [[1], []]}, {"prompt": [100_000]}),
+        "prompt": (
+            {"prompt": ""},
+            {"prompt": [[1], []]},
+            {"prompt": [100_000]},
+            {"prompt": [1, 2**32]},
+            {"prompt": [2**32] * 1000},
+        ),
+        "stop_token_ids": ({"stop_token_ids": [3, 100_000]},),
         "n": ({"n": 1000}, {"n": 100, "prompt": ["x", "y"]}),
         "min_tokens": ({"min_tokens": 20},),
     }
@@ -46,6 +53,13 @@ async def test_what_only_the_model_can_tell_is_checked_too(front: Cluster) -> No
             status, answer = await post(f"{front.url}/v1/completions", json.dumps(COMPLETION | change))
             assert (status, answer["error"]["param"]) == (400, param)
             assert param in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs"])
+async def test_no_number_is_too_large_to_be_refused(front: Cluster, field: str) -> None:
+    for number in (2**64, 10**4000):
+        status, answer = await post(f"{front.url}/v1/completions", json.dumps(COMPLETION | {field: number}))
+        assert (status, answer["error"]["param"]) == (400, field)
 
 
 async def test_a_conversation_that_the_template_refuses_is_the_clients_error(front: Cluster) -> None:
@@ -144,11 +158,37 @@ async def test_a_missing_role_is_503_and_what_never_fits_is_400(front: Cluster, 
     assert too_large.value.code == "context_length_exceeded"
 
 
-async def test_one_rejected_choice_ends_the_others(front: Cluster, client: AsyncOpenAI) -> None:
-    front.answers("hello world")
-    front.prefill.wait_at = 0
-    front.conductor.answers += [pb.Command(dispatch=front.conductor.dispatch()), reject()]
+async def test_a_request_is_turned_away_by_its_first_choice_alone(front: Cluster, client: AsyncOpenAI) -> None:
+    front.conductor.answers.append(reject())
     with pytest.raises(openai.RateLimitError):
+        await client.completions.create(model="tiny", prompt=["a", "b"], n=2)
+    assert len(front.conductor.events("arrived")) == 1
+
+
+async def test_once_one_choice_is_admitted_the_others_wait_for_room(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers("hello world", eos=True)
+    front.conductor.answers += [pb.Command(dispatch=front.conductor.dispatch()), *[reject(retry_after_s=0.01)] * 3]
+    answer = await client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=50)
+    assert [choice.text for choice in answer.choices] == ["hello world"] * 4
+    assert front.conductor.events("arrived")[0].ref.choice == 0
+    assert len(front.conductor.events("arrived")) == 7
+
+
+async def test_a_choice_waits_for_room_until_the_requests_deadline(cluster: Cluster) -> None:
+    cluster.answers("hello world", eos=True)
+    cluster.conductor.answers += [pb.Command(dispatch=cluster.conductor.dispatch()), *[reject(retry_after_s=0.01)] * 99]
+    async with fronted(cluster, request_timeout_s=0.3, recovery_wait_s=0) as front, front.client() as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.completions.create(model="tiny", prompt="a", n=2, max_tokens=50)
+    assert (caught.value.status_code, caught.value.code) == (504, "timeout")
+
+
+async def test_one_refused_choice_ends_the_others(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers("hello world")
+    front.decode.wait_at = 1
+    front.conductor.answers += [pb.Command(dispatch=front.conductor.dispatch()), reject(pb.Reject.TOO_LARGE)]
+    with pytest.raises(openai.BadRequestError) as caught:
         await client.completions.create(model="tiny", prompt=["a", "b"])
-    await front.prefill.hears("cancel")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    await front.decode.hears("cancel")
     await front.conductor.hears("cancelled")

@@ -1,5 +1,6 @@
 """Models, health, cluster state, metrics, and API keys."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,37 @@ async def test_metrics_count_requests_tokens_and_the_cluster(front: Cluster, cli
     assert lines['perigee_worker_prompt_tokens_computed_total{role="prefill",worker="prefill-0"}'] == "7.0"
     assert lines['perigee_store_stored_blocks_total{store="store-0"}'] == "6.0"
     assert lines["perigee_orphaned_blocks"] == "0.0"
+
+
+async def test_what_outlives_the_grace_period_is_told_that_the_server_stops(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.answers("hello world over the lazy dog")
+    cluster.decode.wait_at = 3
+    async with fronted(cluster) as front:
+        client = front.client()
+        stream = await client.completions.create(model="tiny", prompt="x", stream=True)
+        whole = asyncio.create_task(client.completions.create(model="tiny", prompt="x"))
+        await front.conductor.hears("joined", count=2)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        async for _ in stream:
+            pass
+    with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+        await whole
+    assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+    await cluster.decode.hears("cancel", count=2)
+    await client.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_body_that_never_ends_does_not_hold_up_the_end(cluster: Cluster) -> None:
+    async with fronted(cluster) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(front.url.rpartition(":")[2]))
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+        writer.write(f"{head}expect: 100-continue\r\n\r\n".encode())
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+    writer.close()
 
 
 @pytest.fixture

@@ -93,6 +93,19 @@ async def test_prefill_is_not_waited_for_once_decode_has_failed(front: Cluster, 
     assert (await asking).choices[0].text == TEXT
 
 
+async def test_decode_is_not_waited_for_once_prefill_has_failed(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers(TEXT, eos=True)
+    front.decode.may_join.clear()
+    asking = asyncio.create_task(client.completions.create(model="tiny", prompt="x", max_tokens=90))
+    await front.decode.hears("start")
+    await front.prefill.down()
+    failed = (await front.conductor.hears("failed"))[0].failed
+    assert (failed.worker_id, failed.code) == ("prefill-0", "lost")
+    await front.prefill.up()
+    front.decode.may_join.set()
+    assert (await asking).choices[0].text == TEXT
+
+
 async def test_a_request_that_was_admitted_waits_for_room_after_a_failure(
     front: Cluster, client: AsyncOpenAI, spare: FakeWorker
 ) -> None:
@@ -116,11 +129,21 @@ async def test_attempts_are_bounded(cluster: Cluster) -> None:
     assert len(cluster.conductor.events("arrived")) == 3
 
 
+async def test_workers_without_room_are_an_overload(cluster: Cluster) -> None:
+    cluster.answers(TEXT)
+    cluster.prefill.fail_at = (0, "no_room")
+    async with fronted(cluster, max_attempts=2) as front, front.client() as client:
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.completions.create(model="tiny", prompt="x")
+    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("overloaded", "1")
+
+
 async def test_what_would_fail_anywhere_is_not_tried_again(front: Cluster, client: AsyncOpenAI) -> None:
     front.answers(TEXT)
     front.prefill.fail_at = (0, "invalid")
-    with pytest.raises(openai.BadRequestError, match="as scripted"):
+    with pytest.raises(openai.BadRequestError, match="as scripted") as caught:
         await client.completions.create(model="tiny", prompt="x")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     assert len(front.conductor.events("arrived")) == 1
 
 

@@ -27,9 +27,11 @@ def refusal(kind: type[GenerationRequest], body: Any) -> InvalidRequest:
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
+        ({"top_k": 2**32}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "9"}, "max_tokens"),
         ({"n": 0}, "n"),
+        ({"n": 2**32}, "n"),
         ({"seed": 2**64}, "seed"),
         ({"stop": 7}, "stop"),
         ({"stop": [""]}, "stop[0]"),
@@ -92,6 +94,12 @@ def test_a_bad_chat_request_is_refused(body: dict[str, Any], param: str) -> None
 def test_numbers_are_finite(number: str) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate_json(f'{{"model": "m", "prompt": "x", "temperature": {number}}}')
+
+
+@pytest.mark.parametrize(("asked", "drawn_with"), [(0, 0.0), (1e-300, 0.0), (9e-6, 0.0), (1e-5, 1e-5), (None, 1.0)])
+def test_a_temperature_next_to_nothing_is_greedy(asked: float | None, drawn_with: float) -> None:
+    request = CompletionRequest.model_validate_json(json.dumps(COMPLETION | {"temperature": asked}))
+    assert request.sampling(5).temperature == drawn_with
 
 
 def test_a_long_value_is_shortened_in_the_message() -> None:

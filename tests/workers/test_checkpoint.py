@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from perigee.workers.model import checkpoint
-from perigee.workers.model.checkpoint import DEFAULT_MODEL, digests, eos_token_ids, resolve
+from perigee.workers.model.checkpoint import DEFAULT_MODEL, digests, eos_token_ids, resolve, tokenizer_digest
 from perigee.workers.model.errors import CheckpointError
 from perigee.workers.model.gguf import Reader
 from tests import tiny_llama as tiny
@@ -280,6 +280,12 @@ def test_digests_tell_models_apart_by_what_differs(tiny_llama: Path, tmp_path: P
         digests(other).weights, original.config, original.tokenizer
     )
     assert digests(other).weights != original.weights
+
+
+def test_the_chat_template_counts_for_the_tokenizers_digest(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert tokenizer_digest(copy) == digests(copy).tokenizer != tokenizer_digest(tiny_llama)
 
 
 def test_digests_do_not_depend_on_how_json_is_written(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The engine against transformers: the same tokens, however the work is cut."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,14 @@ def test_going_on_from_a_longer_sequence_changes_nothing(tiny: Engine, prompts: 
 def test_a_seed_decides_alone_whatever_else_is_in_the_batch(tiny: Engine, prompts: list[list[int]]) -> None:
     seeded = [sequence(one, str(i), temperature=0.8, top_k=50) for i, one in enumerate(prompts)]
     assert run(tiny, seeded) == [run(tiny, [one])[0] for one in seeded]
+
+
+def test_choices_of_a_prompt_differ_by_their_draw_not_by_their_name(tiny: Engine, prompts: list[list[int]]) -> None:
+    one = sequence(prompts[1], temperature=1.0)
+    renamed = dataclasses.replace(one, ref=dataclasses.replace(one.ref, choice=7))
+    other = dataclasses.replace(one, ref=dataclasses.replace(one.ref, choice=8), draw=1)
+    first, same, different = run(tiny, [one, renamed, other])
+    assert first == same != different
 
 
 def test_logprobs_are_those_of_transformers(tiny: Engine, tiny_llama: Path, prompts: list[list[int]]) -> None:

@@ -35,7 +35,7 @@ def _cluster(state: pb.ClusterState, fresh: bool) -> Json:
 
 
 def _worker(worker: pb.WorkerState) -> Json:
-    load = _fields(worker.report, without=("worker_id", "incarnation", "role", "card"))
+    load = _fields(worker.report, without=("worker_id", "incarnation", "role", "card", "draining"))
     return _member(worker.member) | {"role": worker.report.role, "store": worker.member.store, "load": load}
 
 

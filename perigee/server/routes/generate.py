@@ -35,7 +35,7 @@ class GenerateEndpoint(ABC, Generic[R]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError, or ClientDisconnect when the client has gone and everything is cancelled."""
         call = await self._call(Request(scope, receive))
-        generation = Generation(self._gateway.dispatcher, await self.choices(call))
+        generation = Generation(self._gateway.dispatcher, self._gateway.closing, await self.choices(call))
         self._gateway.metrics.prompt_tokens.inc(generation.tally.prompt_tokens)
         form = self.form(call)
         if call.request.stream:
@@ -47,6 +47,7 @@ class GenerateEndpoint(ABC, Generic[R]):
     async def _call(self, request: Request) -> Call[R]:
         arrived_s = time.monotonic()
         tenant = self._gateway.tenants.authenticate(request.headers.get("authorization"))
-        message = await body.read(request, self._kind, self._gateway.config.max_body_bytes)
+        async with self._gateway.closing.guarded():
+            message = await body.read(request, self._kind, self._gateway.config.max_body_bytes)
         card = self._gateway.card_for(message.model)
         return Call(request.state.request_id, arrived_s, tenant, message, card, self._gateway)
