@@ -50,12 +50,12 @@ async def test_after_a_burst_everything_works(small: Endpoint) -> None:
     [
         (8192, 1, "prompt"),  # the context
         (1000, 8000, "max_tokens"),  # the context, with what is asked for
-        (1000, 2000, None),  # no worker's pages are enough
-        (4000, 1, None),  # nor for the prompt alone
+        (1000, 2000, "prompt"),  # no worker's pages are enough
+        (4000, 1, "prompt"),  # nor for the prompt alone
     ],
 )
 async def test_what_could_never_be_served_is_refused_for_good(
-    small: Endpoint, prompt_tokens: int, max_tokens: int, field: str | None
+    small: Endpoint, prompt_tokens: int, max_tokens: int, field: str
 ) -> None:
     prompt = random_prompt(prompt_tokens, small.vocabulary.size, "too large")
     refusal = await small.try_complete(prompt, max_tokens)

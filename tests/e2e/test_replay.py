@@ -25,8 +25,8 @@ SPEED = 3  # so that two cores can follow
 
 @pytest.fixture(scope="module")
 def roomy(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """Room for all requests that pile up, even on a slow machine, and a cache for a quarter of the trace's blocks."""
-    flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=512MiB")
+    """Room for all requests that pile up, even on a slow machine, and a cache for half of the trace."""
+    flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=1GiB")
     with up(tmp_path_factory.mktemp("roomy"), tiny_llama, vocabulary, *flags) as endpoint:
         yield endpoint
 
@@ -50,7 +50,7 @@ async def test_a_thousand_requests_of_the_conversation_trace_are_served_with_the
     store = members["store-0"].load
     assert store["evicted_total"] > 0
     trace = scale(read_trace(TRACE)[:NUM_REQUESTS], LENGTH_SCALE)
-    allowed = walk(trace, store["num_slots"], BLOCK_TOKENS, outputs=True)
+    allowed = walk(trace, store["num_slots"], BLOCK_TOKENS, served=True)
     assert report["prompt_tokens"] == allowed.tokens
     assert report["cached_token_ratio"] == pytest.approx(allowed.token_ratio, abs=0.02)
     assert await roomy.metric("perigee_orphaned_blocks") == 0

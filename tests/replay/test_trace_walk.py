@@ -60,4 +60,4 @@ def test_a_prompt_longer_than_the_cache_keeps_its_beginning() -> None:
 def test_outputs_take_room() -> None:
     trace = [request(8, 1), request(8, 2), request(8, 1)]
     assert allowed_cached_ratio(trace, 2, 8) == pytest.approx(7 / 24)
-    assert allowed_cached_ratio(trace, 2, 8, outputs=True) == 0
+    assert allowed_cached_ratio(trace, 2, 8, served=True) == 0

@@ -35,15 +35,18 @@ class WalkResult:
 class LruCache:
     """Blocks with parents; only leaves are evicted, the one used longest ago first.
 
-    `leaves` is a heap of (use, block). Entries outlive what they say and are checked when they come up. The blocks of
-    the prompt that is being touched are not in it, so it does not evict itself.
+    Blocks of fewer than `full` tokens go before all others, as in the store node; with 0 they are like any.
+
+    `leaves` is a heap of (is full, use, block). Entries outlive what they say and are checked when they come up. The
+    blocks of the prompt that is being touched are not in it, so it does not evict itself.
     """
 
     capacity: float
+    full: int = 0
     last_use: dict[Block, int] = field(default_factory=dict)
     parents: dict[Block, Block | None] = field(default_factory=dict)
     num_children: dict[Block, int] = field(default_factory=dict)
-    leaves: list[tuple[int, Block]] = field(default_factory=list)
+    leaves: list[tuple[bool, int, Block]] = field(default_factory=list)
     now: int = 0
 
     def touch(self, chain: list[Block]) -> int:
@@ -57,7 +60,7 @@ class LruCache:
             self.last_use[block] = self.now
             last = block
         if last is not None:
-            heapq.heappush(self.leaves, (self.now, last))
+            self._push(last)
         return hits
 
     def _add(self, block: Block, parent: Block | None) -> bool:
@@ -72,7 +75,7 @@ class LruCache:
     def _evict(self) -> bool:
         """Drop one leaf; whether there was one."""
         while self.leaves:
-            used, block = heapq.heappop(self.leaves)
+            _, used, block = heapq.heappop(self.leaves)
             if self.last_use.get(block) == used and not self.num_children[block]:
                 self._drop(block)
                 return True
@@ -84,21 +87,25 @@ class LruCache:
         if parent is not None:
             self.num_children[parent] -= 1
             if not self.num_children[parent]:
-                heapq.heappush(self.leaves, (self.last_use[parent], parent))
+                self._push(parent)
+
+    def _push(self, block: Block) -> None:
+        heapq.heappush(self.leaves, (block[2] >= self.full, self.last_use[block], block))
 
 
-def walk(trace: Iterable[TraceRequest], capacity_blocks: float, block_tokens: int, outputs: bool = False) -> WalkResult:
+def walk(trace: Iterable[TraceRequest], capacity_blocks: float, block_tokens: int, served: bool = False) -> WalkResult:
     """Walk `trace` through a cache of `capacity_blocks` blocks of `block_tokens` tokens.
 
-    With `outputs`, the blocks that a request completes while decoding take room too, though no prompt of a trace is
-    made to hit them. A prompt's last token is never a hit: it has to be computed for there to be a first output.
+    With `served` it is the cache of a store node that serves the trace: the blocks that a request completes while
+    decoding take room too, though no prompt of a trace is made to hit them, and partial blocks are evicted first. A
+    prompt's last token is never a hit: it has to be computed for there to be a first output.
     """
-    cache = LruCache(capacity_blocks)
+    cache = LruCache(capacity_blocks, full=block_tokens if served else 0)
     totals = [0, 0, 0, 0]
     for number, request in enumerate(trace):
         chain = prompt_blocks(request, block_tokens)
         hits = cache.touch(chain)
-        if outputs:
+        if served:
             cache.touch(output_blocks(request, block_tokens, chain, number))
         hit_tokens = min(sum(block[2] for block in chain[:hits]), request.input_tokens - 1)
         for index, amount in enumerate((len(chain), hits, request.input_tokens, hit_tokens)):
@@ -107,10 +114,10 @@ def walk(trace: Iterable[TraceRequest], capacity_blocks: float, block_tokens: in
 
 
 def allowed_cached_ratio(
-    trace: Iterable[TraceRequest], capacity_blocks: float, block_tokens: int, outputs: bool = False
+    trace: Iterable[TraceRequest], capacity_blocks: float, block_tokens: int, served: bool = False
 ) -> float:
     """Cached prompt tokens over prompt tokens, as `walk` counts them."""
-    return walk(trace, capacity_blocks, block_tokens, outputs).token_ratio
+    return walk(trace, capacity_blocks, block_tokens, served).token_ratio
 
 
 def prompt_blocks(request: TraceRequest, block_tokens: int) -> list[Block]:
