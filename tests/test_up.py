@@ -17,6 +17,8 @@ import pytest
 
 from tests.cluster import Cluster, cluster
 
+pytestmark = pytest.mark.slow  # each starts a cluster of its own
+
 NAMES = ["conductor", "decode-0", "prefill-0", "server", "store-0"]
 
 
@@ -72,7 +74,6 @@ def test_a_cluster_says_that_it_is_ready_answers_and_ends_when_told(starting: Cl
     assert "killed" not in log
 
 
-@pytest.mark.slow
 def test_a_cluster_is_ready_only_with_all_its_workers(tiny_llama: Path, tmp_path: Path) -> None:
     flags = (f"--model={tiny_llama}", "--dtype=float32", "--prefill=2", "--decode=2")
     with cluster(tmp_path, *flags) as started:
@@ -88,7 +89,6 @@ def test_nothing_outlives_a_supervisor_that_was_killed(starting: Cluster) -> Non
     assert_nothing_is_left(starting, children)
 
 
-@pytest.mark.slow
 def test_a_cluster_that_is_ready_ends_with_its_decode_worker(starting: Cluster) -> None:
     children = starting.children()
     starting.wait_ready()

@@ -11,6 +11,8 @@ import pytest
 
 from perigee.bench.engine import EngineBenchConfig, run
 
+pytestmark = pytest.mark.slow  # measures the machine
+
 PHASES = {"prefill_tokens_per_s": ["16", "40"], "decode_tokens_per_s": ["1", "2"]}
 
 
