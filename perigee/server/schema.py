@@ -1,5 +1,6 @@
 """The requests of the API, checked. What is refused here never reaches a worker."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -142,9 +143,9 @@ class GenerationRequest(_Model):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token, None for no log-probabilities at all."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:

@@ -133,9 +133,10 @@ INLINE void store_tile(const float *sums, const bf16 *bias, bf16 *y, long m, lon
             y[row * n + r] = to_bf16(sums[r * m + row] + (bias ? to_float(bias[r]) : 0.0f));
 }
 
-// All of y [m, n] for m up to 16; n is a multiple of 32.
-static void linear_amx(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long m, long n, long k) {
+// All of y [m, n] for m up to 16; n is a multiple of 32. Whether there was memory for it.
+static int linear_amx(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long m, long n, long k) {
     bf16 *packed = aligned_alloc(64, (m * k * sizeof(bf16) + 63) / 64 * 64);
+    if (!packed) return 0;
     interleave(x, packed, m, k);
     tile_config config = {.palette = 1};
     for (int t = 0; t < 2; t++) config.rows[t] = TILE_ROWS, config.bytes[t] = 4 * m;          // sums
@@ -167,6 +168,7 @@ static void linear_amx(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, 
         _tile_release();
     }
     free(packed);
+    return 1;
 }
 #endif
 
@@ -180,10 +182,7 @@ int perigee_linear_rows(void) {
 
 void perigee_linear(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long m, long n, long k) {
 #ifdef __AMX_BF16__
-    if (m > 1 && m <= 16 && n % (2 * TILE_ROWS) == 0 && amx_permitted()) {
-        linear_amx(x, w, bias, y, m, n, k);
-        return;
-    }
+    if (m > 1 && m <= 16 && n % (2 * TILE_ROWS) == 0 && amx_permitted() && linear_amx(x, w, bias, y, m, n, k)) return;
 #endif
     const long block = 16;
 #pragma omp parallel for schedule(dynamic, 2)
