@@ -22,7 +22,7 @@ def engine(directory: Path, **limits: int) -> Engine:
         role="mixed",
         model=str(directory),
         store=Path("/nonexistent"),
-        directory="",
+        directory="unix:/nonexistent",
         dtype="float32",
         block_tokens=BLOCK_TOKENS,
         **limits,

@@ -18,7 +18,10 @@ class DenseAttention:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: StepBatch) -> Tensor:
         """See `Attention.attend`."""
-        if batch.decode and (attended := self.kernels.attend_decode(q, keys, values, batch.decode)) is not None:
+        if (
+            batch.decode
+            and (attended := self.kernels.attend_decode(q, keys, values, batch.decode, self.head_dim**-0.5)) is not None
+        ):
             return attended
         if len(batch.spans) == 1:
             return self._attend_span(q, keys, values, batch.spans[0])

@@ -10,13 +10,13 @@ from perigee.workers.engine.pages import PageTable
 from perigee.workers.engine.sampler import Draw, sample
 from perigee.workers.engine.sequence import Token
 from perigee.workers.kernels.base import DecodeBatch
-from perigee.workers.model.weights import Model
+from perigee.workers.model.decoder import Decoder
 
 
 class Runner:
     """The model and its KV pool. `run` is all that the engine asks of them."""
 
-    def __init__(self, model: Model, pool: KVPool, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, model: Decoder, pool: KVPool, eos_token_ids: frozenset[int]) -> None:
         self.model = model
         self.pool = pool
         self.eos_token_ids = eos_token_ids

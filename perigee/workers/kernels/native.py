@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perigee.workers.kernels.base import DecodeBatch
+from perigee.workers.kernels.base import DecodeBatch, Rope
 from perigee.workers.kernels.reference import TorchKernels
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _SIGNATURES = {
     "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
     "perigee_gated_silu": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_rotate_and_store": [_POINTER] * 7 + [_LONG] * 4,
-    "perigee_attend_paged": [_POINTER] * 6 + [_LONG] * 7 + [_FLOAT],
+    "perigee_attend_paged": [_POINTER] * 6 + [_LONG] * 10 + [_FLOAT],
 }
 
 
@@ -87,25 +87,27 @@ class NativeKernels(TorchKernels):
         return out
 
     def rotate_and_store(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor, keys: Tensor, values: Tensor, num_heads: int
+        self, qkv: Tensor, rope: Rope, rows: Tensor, keys: Tensor, values: Tensor, num_heads: int
     ) -> Tensor:
         tokens, total_heads, head_dim = qkv.shape
-        if head_dim % 32 or not qkv.is_contiguous():
+        if head_dim % 32 or rope.interleaved or not qkv.is_contiguous():
             return super().rotate_and_store(qkv, rope, rows, keys, values, num_heads)
         q = qkv.new_empty(tokens, num_heads, head_dim)
-        tensors = (qkv, *rope, rows, q, keys, values)
+        tensors = (qkv, rope.cos, rope.sin, rows, q, keys, values)
         kv_heads = (total_heads - num_heads) // 2
         self._rotate_and_store(*(t.data_ptr() for t in tensors), tokens, num_heads, kv_heads, head_dim)
         return q
 
-    def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch) -> Tensor | None:
+    def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
         sequences, heads, head_dim = q.shape
         kv_heads = keys.shape[1] // head_dim
-        out = torch.empty_like(q)
+        value_dim = values.shape[1] // kv_heads
+        q, out = q.contiguous(), q.new_empty(sequences, heads, value_dim)
         tensors = (q, keys, values, batch.pages, batch.contexts, out)
-        shape = (sequences, heads, kv_heads, head_dim, batch.page_tokens, batch.pages.shape[1])
+        strides = (keys.stride(0), values.stride(0))
+        shape = (sequences, heads, kv_heads, head_dim, value_dim, *strides, batch.page_tokens, batch.pages.shape[1])
         parts = _parts(batch.longest, sequences * kv_heads)
-        done = self._attend_paged(*(t.data_ptr() for t in tensors), *shape, parts, head_dim**-0.5)
+        done = self._attend_paged(*(t.data_ptr() for t in tensors), *shape, parts, scale)
         return out if done == 0 else None
 
 

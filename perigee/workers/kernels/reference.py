@@ -1,9 +1,10 @@
 """The kernels in plain torch: any dtype, any device, differentiable. What the native ones are held against."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perigee.workers.kernels.base import DecodeBatch
+from perigee.workers.kernels.base import Chosen, DecodeBatch, Rope
 
 
 class TorchKernels:
@@ -21,20 +22,57 @@ class TorchKernels:
         return F.silu(gate) * up
 
     def rotate_and_store(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor, keys: Tensor, values: Tensor, num_heads: int
+        self, qkv: Tensor, rope: Rope, rows: Tensor, keys: Tensor, values: Tensor, num_heads: int
     ) -> Tensor:
         tokens, total_heads, _ = qkv.shape
         rotated_heads = (total_heads + num_heads) // 2  # all but the values
-        rotated = rotate(qkv[:, :rotated_heads], *rope)
+        rotated = rotate(qkv[:, :rotated_heads], rope)
         keys.index_copy_(0, rows, rotated[:, num_heads:].reshape(tokens, -1))
         values.index_copy_(0, rows, qkv[:, rotated_heads:].reshape(tokens, -1))
         return rotated[:, :num_heads]
 
-    def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch) -> Tensor | None:
+    def rotate_and_store_latent(
+        self, q: Tensor, latent: Tensor, norm: Tensor, eps: float, rope: Rope, rows: Tensor, latents: Tensor
+    ) -> Tensor:
+        rank, rope_dim = len(norm), rope.cos.shape[-1]
+        latents[rows, :rank] = F.rms_norm(latent[:, :rank], norm.shape, norm, eps)
+        latents[rows, rank:] = rotate(latent[:, None, rank:], rope)[:, 0]
+        return torch.cat([q[..., :-rope_dim], rotate(q[..., -rope_dim:], rope)], dim=-1)
+
+    def linear_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+
+    def experts(self, x: Tensor, chosen: Chosen, gate_up: Tensor, down: Tensor) -> Tensor:
+        weights, order, counts = _by_expert(chosen, len(gate_up))
+        per_token = weights.shape[1]
+        first = 0
+        made: list[Tensor] = []
+        for expert, count in enumerate(counts):
+            if count:
+                rows = x[order[first : first + count] // per_token]
+                made.append(self.linear(self.gated_silu(self.linear(rows, gate_up[expert])), down[expert]))
+            first += count
+        out = torch.empty(weights.numel(), x.shape[1], dtype=x.dtype, device=x.device)
+        out[order] = torch.cat(made)
+        return torch.einsum("tkw,tk->tw", out.view(*weights.shape, -1).float(), weights).to(x.dtype)
+
+    def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
         return None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head of x [tokens, heads, head_dim], whose halves are the real and imaginary parts. The sines of the
-    first half come negated, so that this takes one roll and no sign flip."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+def _by_expert(chosen: Chosen, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Weights with the shared experts' among them, [tokens, k]; the flat choices, each token * k + i, sorted by expert;
+    and how many choices each expert has."""
+    tokens = len(chosen.experts)
+    shared = torch.arange(num_experts - chosen.num_shared, num_experts, device=chosen.experts.device)
+    experts = torch.cat([chosen.experts, shared.expand(tokens, -1)], dim=1).flatten()
+    weights = torch.cat([chosen.weights, chosen.weights.new_ones(tokens, chosen.num_shared)], dim=1)
+    return weights, experts.argsort(stable=True), experts.bincount(minlength=num_experts).tolist()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates each head of x [tokens, heads, dim]. The result's halves are the real and imaginary parts: with the sines
+    of the first half negated, that takes one roll and no sign flip."""
+    if rope.interleaved:
+        x = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
+    return x * rope.cos + x.roll(x.shape[-1] // 2, dims=-1) * rope.sin

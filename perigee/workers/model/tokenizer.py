@@ -12,7 +12,9 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from perigee.workers.model.byte_level import token_bytes
 from perigee.workers.model.errors import ModelError
+from perigee.workers.model.tiktoken_vocabulary import VOCABULARY_FILE, read_vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -32,29 +34,22 @@ class TokenizerError(ModelError):
 class Tokenizer:
     """A model's vocabulary, its special tokens and its chat template. Safe to use from several threads."""
 
-    def __init__(self, vocabulary: str, config: dict[str, Any], chat_template: str | None) -> None:
-        self._tokens = _parse(vocabulary)
-        # A second instance reads special tokens as the plain text that they are in what a user quotes.
-        self._plain = _parse(vocabulary)
-        self._plain.encode_special_tokens = True
+    def __init__(self, tokens: tokenizers.Tokenizer, config: dict[str, Any], chat_template: str | None) -> None:
+        self._tokens = tokens
+        self._plain = _without_special_tokens(tokens)
         self._special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
         self._special_texts = _special_texts(self._tokens)
         self._template = _compile(chat_template) if chat_template else None
-        self._byte_level = '"type":"ByteLevel"' in json.dumps(
-            json.loads(vocabulary).get("decoder"), separators=(",", ":")
-        )
+        self._byte_level = tokens.decoder is not None and tokens.decoder.decode(["Ġ"]) == " "
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """Reads tokenizer.json and, where there are any, tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json or else tiktoken.model, and tokenizer_config.json and chat_template.jinja, if there.
 
-        Raises TokenizerError if tokenizer.json is missing or one of the files is malformed.
+        Raises TokenizerError or CheckpointError if there is no vocabulary or one of the files is malformed.
         """
-        vocabulary = directory / TOKENIZER_FILE
-        if not vocabulary.is_file():
-            raise TokenizerError(f"{vocabulary} does not exist: a model directory needs a {TOKENIZER_FILE}")
         config = _read_config(directory / CONFIG_FILE)
-        return cls(vocabulary.read_text(encoding="utf-8"), config, _read_template(directory, config))
+        return cls(_read_tokens(directory, config), config, _read_template(directory, config))
 
     @property
     def vocab_size(self) -> int:
@@ -77,7 +72,7 @@ class Tokenizer:
         if token in self._special_texts:
             return token.encode()
         if self._byte_level:
-            return _byte_level_bytes(token)
+            return token_bytes(token)
         fallback = _FALLBACK_BYTE.fullmatch(token)
         return bytes.fromhex(fallback[1]) if fallback else token.replace("▁", " ").encode()
 
@@ -124,11 +119,33 @@ class Tokenizer:
         return {**message, "content": quoted}
 
 
+def _read_tokens(directory: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    vocabulary = directory / TOKENIZER_FILE
+    if vocabulary.is_file():
+        return _parse(vocabulary.read_text(encoding="utf-8"))
+    if (directory / VOCABULARY_FILE).is_file():
+        return read_vocabulary(directory, config)
+    raise TokenizerError(f"{vocabulary} does not exist: a model directory needs it, or {VOCABULARY_FILE}")
+
+
 def _parse(vocabulary: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(vocabulary)
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(f"{TOKENIZER_FILE} is malformed: {error}") from error
+
+
+def _without_special_tokens(tokens: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Reads special tokens as the plain text that they are in what a user quotes. Shares the vocabulary in memory."""
+    plain = tokenizers.Tokenizer(tokens.model)
+    plain.normalizer = tokens.normalizer
+    plain.pre_tokenizer = tokens.pre_tokenizer
+    plain.post_processor = tokens.post_processor
+    plain.decoder = tokens.decoder
+    for _, token in sorted(tokens.get_added_tokens_decoder().items()):  # in this order they get the same ids
+        (plain.add_special_tokens if token.special else plain.add_tokens)([token])
+    plain.encode_special_tokens = True
+    return plain
 
 
 def _encode(tokens: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
@@ -188,20 +205,3 @@ def _compile(chat_template: str) -> Template:
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    return bytes(byte for character in token for byte in _character_bytes(character))
-
-
-def _character_bytes(character: str) -> bytes:
-    """Byte-level BPE writes each byte as one printable character: its own in Latin-1, or one from U+0100 on."""
-    code = ord(character)
-    if code < 0x100:
-        return bytes([code])
-    if code < 0x100 + len(_UNPRINTABLE):
-        return bytes([_UNPRINTABLE[code - 0x100]])
-    return character.encode()
-
-
-_UNPRINTABLE = bytes([*range(0x21), *range(0x7F, 0xA1), 0xAD])

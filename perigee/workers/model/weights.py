@@ -2,30 +2,35 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.attention.base import TORCH_DTYPES
+from perigee.workers.kernels.registry import select
 from perigee.workers.model.config import ModelConfig
+from perigee.workers.model.decoder import Decoder
 from perigee.workers.model.errors import UnsupportedModel
+from perigee.workers.model.layers import Place
 from perigee.workers.model.llama import Llama
+from perigee.workers.model.llama_config import LlamaConfig
+from perigee.workers.model.moonlight import Moonlight
 
-Model = Llama
+_LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Model:
+def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Decoder:
     """The checkpoint in `directory`, in `dtype`. Never holds more than one of its tensors twice.
 
-    Raises UnsupportedModel if a tensor is missing or has another shape than the configuration says.
+    Raises UnsupportedModel if a tensor is missing, or has another shape than the configuration says, or a dtype that is
+    not a plain float's.
     """
-    with torch.device("meta"):
-        model = Llama(config, dtype)
-    model = model.to(TORCH_DTYPES[dtype]).to_empty(device="cpu").eval().requires_grad_(False)
-    places = dict(model.checkpoint_parts())
+    model = _empty(config, dtype)
+    places = dict(model.places())
     shards = _shards(directory)
     if missing := places.keys() - shards.keys():
         raise UnsupportedModel(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
@@ -34,7 +39,27 @@ def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Model:
         by_file[shards[name]].append(name)
     for file, names in by_file.items():
         _fill(directory / file, {name: places[name] for name in names})
+    model.prepare()
     return model
+
+
+@torch.no_grad()
+def _empty(config: ModelConfig, dtype: DType) -> Decoder:
+    kernels = select(dtype)
+    with _default_dtype(TORCH_DTYPES[dtype]):
+        model = Llama(config, kernels) if isinstance(config, LlamaConfig) else Moonlight(config, kernels)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors are made with while a model is built; those that name another dtype keep it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _shards(directory: Path) -> dict[str, str]:
@@ -51,11 +76,13 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _fill(file: Path, places: dict[str, Tensor]) -> None:
+def _fill(file: Path, places: dict[str, Place]) -> None:
     with safe_open(file, framework="pt") as tensors:
         for name, place in places.items():
             tensor = tensors.get_tensor(name)
             if tensor.shape != place.shape:
                 expected, found = list(place.shape), list(tensor.shape)
                 raise UnsupportedModel(f"{file}: tensor {name} has shape {found}, config.json asks for {expected}")
-            place.copy_(tensor)
+            if tensor.dtype not in _LOADABLE:
+                raise UnsupportedModel(f"{file}: tensor {name} has dtype {tensor.dtype}, which is not supported")
+            place.fill(tensor)

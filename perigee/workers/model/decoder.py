@@ -1,0 +1,90 @@
+"""What all decoder-only models here share: a residual stream through layers of attention and MLP."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perigee.workers.attention.base import KVPool, StepBatch
+from perigee.workers.kernels.base import Kernels, Rope
+from perigee.workers.model.config import ModelConfig
+from perigee.workers.model.layers import Place, RotaryTable
+
+
+class DecoderLayer(nn.Module):
+    """Takes the residual stream and what the layer before would add to it, so that sum and norm are one operation."""
+
+    def __init__(self, width: int, eps: float, attention: nn.Module, mlp: nn.Module, kernels: Kernels) -> None:
+        super().__init__()
+        self.eps = eps
+        self.kernels = kernels
+        self.attention_norm = nn.Parameter(torch.empty(width))
+        self.attention = attention
+        self.mlp_norm = nn.Parameter(torch.empty(width))
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: Rope,
+        cache: tuple[Tensor, ...],
+        batch: StepBatch,
+    ) -> tuple[Tensor, Tensor]:  # residual and delta, each [tokens, width]
+        x, normed = self.kernels.add_rms_norm(x, delta, self.attention_norm, self.eps)
+        delta = self.attention(normed, rope, cache, batch)
+        x, normed = self.kernels.add_rms_norm(x, delta, self.mlp_norm, self.eps)
+        return x, self.mlp(normed)
+
+
+class Decoder(nn.Module):
+    """The whole model. Its parameters are empty until `load_model` fills them."""
+
+    def __init__(
+        self, config: ModelConfig, layers: Iterator[DecoderLayer], rotary: RotaryTable, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(shape))
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape))
+        self.rotary = rotary
+
+    def forward(self, token_ids: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
+        """The hidden states [tokens, width] of `token_ids` [tokens]; what they cache is in the pool then."""
+        x = F.embedding(token_ids, self.embedding)
+        delta: Tensor | None = None
+        rope = self.rotary.at(batch.positions)
+        for layer, cache in zip(self.layers, pool.layers, strict=True):
+            x, delta = layer(x, delta, rope, cache, batch)
+        return x if delta is None else x + delta
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocabulary] for hidden states [rows, width]."""
+        _, normed = self.kernels.add_rms_norm(hidden, None, self.norm, self.config.rms_norm_eps)
+        return self.kernels.linear(normed, self.embedding if self.head is None else self.head)
+
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Each tensor of a Hugging Face checkpoint, and the place in this model where it belongs."""
+        yield "model.embed_tokens.weight", Place.of(self.embedding)
+        yield "model.norm.weight", Place.of(self.norm)
+        if self.head is not None:
+            yield "lm_head.weight", Place.of(self.head)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            prefix = f"model.layers.{index}"
+            yield f"{prefix}.input_layernorm.weight", Place.of(layer.attention_norm)
+            yield f"{prefix}.post_attention_layernorm.weight", Place.of(layer.mlp_norm)
+            yield from self.layer_places(prefix, layer)
+
+    @abstractmethod
+    def layer_places(self, prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Place]]:
+        """The same for what is in `layer` beside its norms."""
+
+    def prepare(self) -> None:
+        """Called once the parameters are filled: for what is derived from them."""
