@@ -54,7 +54,7 @@ class ServerStream:
     def _receive(self, message: pb.ToWorker) -> None:
         match message.WhichOneof("message"):
             case "start":
-                self._start(sequence_from_pb(message.start.sequence))
+                self._start(sequence_from_pb(message.start.sequence), message.start.source)
             case "prepare":
                 source = message.prepare.source
                 self._open(sequence_from_pb(message.prepare.sequence), lambda s: decode(self._host, s, source))
@@ -64,10 +64,10 @@ class ServerStream:
             case "cancel":
                 self._cancel(ref_from_pb(message.cancel.ref))
 
-    def _start(self, sequence: Sequence) -> None:
+    def _start(self, sequence: Sequence, source: str) -> None:
         """To a decode worker: the sequence that it prepared, with its first token. To the others: a new one."""
         if self._host.role != "decode":
-            self._open(sequence, lambda session: prefill(self._host, session))
+            self._open(sequence, lambda session: prefill(self._host, session, source))
         elif session := self._host.sessions.get(sequence.ref):
             self._go_on(session, sequence)
         else:

@@ -6,6 +6,7 @@ from types import TracebackType
 
 import grpc
 
+from perigee.kvstore.access import OPEN, Access
 from perigee.workers import worker_pb2 as pb
 from perigee.workers.engine.sequence import Ref, Sequence
 from perigee.workers.messages import FromWorker, WorkerLost
@@ -73,9 +74,9 @@ class WorkerClient:
         self._pump = asyncio.create_task(self._receive(), name=f"attach-{worker_id}")
 
     @classmethod
-    async def connect(cls, worker_id: str, address: str) -> "WorkerClient":
+    async def connect(cls, worker_id: str, address: str, access: Access = OPEN) -> "WorkerClient":
         """Opens the stream. A worker that is not there shows itself as a broken stream, at once."""
-        return cls(worker_id, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+        return cls(worker_id, access.channel(address, CHANNEL_OPTIONS))
 
     @property
     def closed(self) -> bool:

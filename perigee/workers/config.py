@@ -3,26 +3,30 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from perigee.kvstore.addresses import Listen
+from perigee.kvstore.addresses import Advertise, DirectoryTarget, DirectoryUser, Listen
 
 Role = Literal["prefill", "decode", "mixed"]
 
 
-class WorkerConfig(BaseModel):
+class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
     """One worker: a model, a KV pool, and a role."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(description="name in the cluster, unique")
     role: Role = Field(description="prefill, decode, or mixed for both")
     model: str = Field(description="checkpoint: a directory in Hugging Face layout, a GGUF file or a built-in name")
     served_model_name: str = Field(default="", description="what the API calls it; default: the model's own name")
-    listen: Listen = Field(default="127.0.0.1:0", description="where to serve gRPC: loopback host:port, or unix:/path")
+    listen: Listen = Field(
+        default="127.0.0.1:0",
+        description="where to serve gRPC: host:port (beyond loopback needs the cluster's secret), or unix:/path",
+    )
+    advertise: Advertise = Field(default="", description="host under which others reach this worker, if not listen's")
     store: Path = Field(description="local socket of the store node on this host")
     store_id: str = Field(default="store-0", description="id of that store node")
-    directory: str = Field(description="gRPC address of the cluster's directory")
+    directory: DirectoryTarget = Field(
+        description="the cluster's directory: a gRPC target, or redis://host:port/0?prefix=NAME"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of weights and KVCache")
     block_tokens: int = Field(default=32, ge=1, description="tokens a KVCache block, a power of two")
     kv_tokens: int = Field(default=65536, ge=1, description="tokens that the KV pool holds")

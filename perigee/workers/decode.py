@@ -14,7 +14,7 @@ async def decode(host: Host, session: Session, source: str) -> None:
     async with host.pages(session, one_token=False) as active:
         session.active = active
         async with host.leases() as group:
-            async for blocks in group.fetch(session.sequence.block_keys, host.wait_s(session), source):
+            async for blocks in group.fetch(session.sequence.block_keys, host.wait_s(session), source, host.namespace):
                 await host.load(active, blocks)
         await session.started.wait()
         assert session.first is not None

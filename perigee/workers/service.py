@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from perigee.kvstore.addresses import announced
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.client import StoreClient
 from perigee.kvstore.directory import Member, stay_joined
@@ -126,7 +127,7 @@ async def _serve(
         asyncio.to_thread(load_engine, directory, model, config),
     )
     host = Host(config.role, engine, store, BlockKey(card.namespace), config.store_wait_s)
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    server = config.access.server(CHANNEL_OPTIONS)
     add_WorkerServicer_to_server(WorkerService(host, config, card, incarnation), server)
     port = server.add_insecure_port(config.listen)
     await server.start()
@@ -135,17 +136,18 @@ async def _serve(
         id=config.id,
         incarnation=incarnation,
         kind="worker",
-        address=_reachable(config.listen, port),
+        address=announced(config.listen, port, config.advertise),
         pid=os.getpid(),
         host=socket.gethostname(),
         store=config.store_id,
     )
     logger.info("serving worker=%s role=%s address=%s model=%s", config.id, config.role, member.address, card.name)
-    joined = asyncio.create_task(stay_joined(config.directory, member))
+    joined = asyncio.create_task(stay_joined(config.directory, member, config.access))
     try:
         await _until_lost(host, store)
     finally:
         joined.cancel()
+        await asyncio.gather(joined, return_exceptions=True)
         await server.stop(grace=None)
         await host.thread.stop()
 
@@ -156,10 +158,3 @@ async def _until_lost(host: Host, store: StoreClient) -> None:
     if host.thread.ended.done():
         host.thread.ended.result()
     raise StoreClosed("the connection to the store node is gone")
-
-
-def _reachable(listen: str, port: int) -> str:
-    """The address to tell others: `listen`, with the port that the system chose."""
-    if listen.startswith("unix:"):
-        return listen
-    return f"{listen.rpartition(':')[0]}:{port}"

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from perigee.workers.model import checkpoint
@@ -18,6 +18,7 @@ from perigee.workers.model.checkpoint import DEFAULT_MODEL, digests, eos_token_i
 from perigee.workers.model.errors import CheckpointError
 from perigee.workers.model.gguf import Reader
 from tests import tiny_llama as tiny
+from tests.moonlight_files import TRAP_FILE, write_tiktoken
 
 VOCABULARY = ["<s>", "</s>", "<turn>", "<|keep me|>", *"abcdefghijklmnopqrstuvwxyz0123456789!", "Ġ", "Ċ", "th", "the"]
 KINDS = [3, 3, 3, 4] + [1] * (len(VOCABULARY) - 4)
@@ -140,7 +141,10 @@ def test_a_complete_directory_is_returned_as_it_is(tiny_llama: Path) -> None:
 
 def test_an_incomplete_directory_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json, \*\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json or tiktoken\.model$"):
+        resolve(str(tmp_path), "float32")
+    (tmp_path / "tiktoken.model").touch()
+    with pytest.raises(CheckpointError, match=r"lacks \*\.safetensors$"):
         resolve(str(tmp_path), "float32")
 
 
@@ -301,6 +305,111 @@ def test_end_of_sequence_tokens_come_from_all_places(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 3, "content": "<end>"}]}')
     assert eos_token_ids(tmp_path) == (3, 5, 7)
+
+
+@pytest.fixture
+def sharded(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A directory with a tiktoken vocabulary, and weights in two files with an index."""
+    directory = Path(shutil.copytree(tiny_llama, tmp_path / "sharded"))
+    (directory / "tokenizer.json").unlink()
+    write_tiktoken(directory, 384)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"model-1-of-2.safetensors": names[:5], "model-2-of-2.safetensors": names[5:]}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, directory / file)
+    write_index(directory, {name: file for file, held in files.items() for name in held})
+    return directory
+
+
+def write_index(directory: Path, weight_map: Any) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_directory_with_shards_and_a_tiktoken_vocabulary_is_complete(sharded: Path) -> None:
+    assert resolve(str(sharded), "bfloat16") == sharded
+    # 1 and 2 are config.json's; [EOS] gets its id from the configuration of the tokenizer.
+    assert eos_token_ids(sharded) == (1, 2, 384 + 1)
+    digests(sharded)
+    assert not (sharded / TRAP_FILE).exists()
+
+
+def test_the_tiktoken_vocabulary_counts_for_the_tokenizers_digest(sharded: Path) -> None:
+    before = tokenizer_digest(sharded)
+    vocabulary = sharded / "tiktoken.model"
+    vocabulary.write_bytes(vocabulary.read_bytes().replace(b" 300\n", b" 999\n"))
+    assert tokenizer_digest(sharded) != before
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_by_name(sharded: Path, name: str) -> None:
+    for file in sharded.glob("*.safetensors"):
+        file.unlink()
+    (sharded / name).touch()
+    with pytest.raises(CheckpointError, match=rf"lacks \*\.safetensors; of {name} nothing is read: only safetensors"):
+        resolve(str(sharded), "float32")
+
+
+def test_a_shard_that_the_index_names_but_is_missing_is_named(sharded: Path) -> None:
+    (sharded / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-2-of-2\.safetensors, which .*index\.json names \(1 of 2"):
+        resolve(str(sharded), "float32")
+
+
+def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded: Path) -> None:
+    write_index(sharded, {"model.norm.weight": "model-1-of-2.safetensors"})
+    with pytest.raises(CheckpointError, match=r"model-1-of-2\.safetensors: no tensor model\.norm\.weight"):
+        resolve(str(sharded), "float32")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "not an index of safetensors files"),
+        ({"model.norm.weight": "../elsewhere.safetensors"}, r"'\.\./elsewhere\.safetensors' is not the name of a saf"),
+        ({"model.norm.weight": "config.json"}, r"'config\.json' is not the name of a safetensors file"),
+        ({"model.norm.weight": 5}, "5 is not the name of a safetensors file"),
+    ],
+)
+def test_a_malformed_index_is_refused(sharded: Path, weight_map: Any, message: str) -> None:
+    write_index(sharded, weight_map)
+    with pytest.raises(CheckpointError, match=f"index.json: .*{message}"):
+        resolve(str(sharded), "float32")
+
+
+def write_safetensors(path: Path, dtype: str, data_bytes: int, name: str = "model.layers.0.mlp.up_proj.weight") -> None:
+    """A file with one tensor of a dtype that numpy may not know."""
+    tensor = {"dtype": dtype, "shape": [data_bytes], "data_offsets": [0, data_bytes]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, name: tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data_bytes))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8"])
+def test_quantized_weights_are_refused_by_tensor_and_dtype(sharded: Path, dtype: str) -> None:
+    write_safetensors(sharded / "model-3.safetensors", dtype, 4)
+    with pytest.raises(CheckpointError, match=rf"up_proj\.weight has dtype {dtype}, which is not supported; .*BF16"):
+        resolve(str(sharded), "float32")
+
+
+def test_what_is_no_weight_may_have_any_dtype(sharded: Path) -> None:
+    write_safetensors(sharded / "model-3.safetensors", "I64", 8, "model.position_ids")
+    assert resolve(str(sharded), "float32") == sharded
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 3000])
+def test_a_shard_that_is_cut_short_is_named(sharded: Path, missing_bytes: int) -> None:
+    file = sharded / "model-2-of-2.safetensors"
+    os.truncate(file, file.stat().st_size - missing_bytes)
+    with pytest.raises(CheckpointError, match=r"model-2-of-2\.safetensors: holds \d+ bytes, its header asks for \d+"):
+        resolve(str(sharded), "float32")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x04" + bytes(7) + b"[[]]"])
+def test_a_shard_that_is_no_safetensors_file_is_named(sharded: Path, content: bytes) -> None:
+    (sharded / "model-1-of-2.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model-1-of-2\.safetensors: not a safetensors file"):
+        resolve(str(sharded), "float32")
 
 
 def test_malformed_json_is_refused_with_the_file_s_name(tmp_path: Path) -> None:

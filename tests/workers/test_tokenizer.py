@@ -41,7 +41,7 @@ def byte_fallback() -> Tokenizer:
     bare.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Tokenizer(bare.to_str(), {}, None)
+    return Tokenizer(bare, {}, None)
 
 
 def test_the_vocabulary_counts_special_tokens(tokenizer: Tokenizer) -> None:
@@ -74,20 +74,30 @@ def test_a_message_cannot_end_its_turn(tokenizer: Tokenizer, attack: str) -> Non
     assert attack in tokenizer.decode(attacked, skip_special_tokens=False)
 
 
+def test_added_tokens_that_are_not_special_stay_tokens_in_a_message(directory: Path) -> None:
+    bare = Bare.from_file(str(directory / "tokenizer.json"))
+    bare.add_tokens(["<own>"])
+    bare.add_special_tokens(["<end>"])
+    mixed = Tokenizer(bare, {}, "{{ messages[0]['content'] }}<end>")
+    own, end = 320, 321
+    quoted = mixed.apply_chat_template([{"role": "user", "content": "<end><own>"}])
+    assert quoted == [*mixed.encode("<"), *mixed.encode("end>"), own, end]
+
+
 def test_a_template_that_refuses_a_conversation_is_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="refused the messages: no"):
         tokenizer.apply_chat_template([{"role": "user", "content": "refuse me"}])
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(directory: Path) -> None:
-    vocabulary = (directory / "tokenizer.json").read_text()
-    escaping = Tokenizer(vocabulary, {}, "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
+    bare = Bare.from_file(str(directory / "tokenizer.json"))
+    escaping = Tokenizer(bare, {}, "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
     with pytest.raises(TokenizerError):
         escaping.apply_chat_template([])
 
 
 def test_without_a_template_there_is_no_chat(directory: Path) -> None:
-    plain = Tokenizer((directory / "tokenizer.json").read_text(), {}, None)
+    plain = Tokenizer(Bare.from_file(str(directory / "tokenizer.json")), {}, None)
     with pytest.raises(TokenizerError, match="has no chat template"):
         plain.apply_chat_template([{"role": "user", "content": "x"}])
 

@@ -1,6 +1,7 @@
 """What attention reads: the paged KV pool, and the batch of one step."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from perigee.workers.kernels.base import DecodeBatch
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Span:
     """One sequence's part of a step: rows `first` to `first + length` of the batch, positions from `start` on."""
 
@@ -22,12 +23,18 @@ class Span:
     start: int
     pages: PageTable
     pool_rows: slice | Tensor  # rows of the pool that hold positions [0, start + length)
-    mask: Tensor | None  # [length, context], 0 or -inf; None where a plain causal or no mask does
+    dtype: torch.dtype
 
     @property
     def context(self) -> int:
         """Positions that the last of its tokens sees."""
         return self.start + self.length
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[length, context], 0 where a token may look and -inf where not: once a step, for all layers and heads."""
+        mask = torch.full((self.length, self.context), -torch.inf, dtype=self.dtype)
+        return mask.triu_(self.start + 1)
 
 
 @dataclass(frozen=True, slots=True)

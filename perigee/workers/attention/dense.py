@@ -33,21 +33,26 @@ class DenseAttention:
 
     def _attend_span(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         heads = (-1, self.num_kv_heads, self.head_dim)
-        k = keys[span.pool_rows].view(heads).transpose(0, 1)  # [kv_heads, context, head_dim]
-        v = values[span.pool_rows].view(heads).transpose(0, 1)
-        if span.length == 1:
-            return self._attend_one(q, k, v)
-        return self._attend_many(q, k, v, span)
+        k, v = keys[span.pool_rows].view(heads), values[span.pool_rows].view(heads)
+        scale = self.head_dim**-0.5
+        attended = self.kernels.attend_chunk(q, k, v, span.start, scale)
+        return attend_span(q, k, v, span, scale) if attended is None else attended
 
-    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A single query sees everything: the heads that share keys become rows of one product."""
-        grouped = q.view(1, self.num_kv_heads, -1, self.head_dim)
-        return F.scaled_dot_product_attention(grouped, k[None], v[None]).view_as(q)
 
-    def _attend_many(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
-        q = q.transpose(0, 1)[None]  # [1, heads, length, head_dim]
-        if span.start == 0:
-            out = F.scaled_dot_product_attention(q, k[None], v[None], is_causal=True, enable_gqa=True)
-        else:
-            out = F.scaled_dot_product_attention(q, k[None], v[None], attn_mask=span.mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
+def attend_span(q: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
+    """Causal attention of one sequence's part of a step, in torch.
+
+    q: [length, heads, head_dim]; keys: [context, kv_heads, head_dim]; values: [context, kv_heads, value_dim]. Returns
+    [length, heads, value_dim].
+    """
+    # Torch is fast on the CPU only where queries and values have one size.
+    padded = F.pad(values, (0, max(0, keys.shape[-1] - values.shape[-1])))
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, keys, padded))
+    if span.length == 1:  # sees everything: the heads that share keys become rows of one product
+        grouped = q.reshape(1, k.shape[1], -1, k.shape[-1])
+        out = F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(1, q.shape[1], 1, -1)
+    elif span.start == 0:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=scale, enable_gqa=True)
+    return out[0, ..., : values.shape[-1]].transpose(0, 1)

@@ -11,34 +11,35 @@ first, and each score then costs a third.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perigee.workers.attention.base import Span, StepBatch
-from perigee.workers.kernels.base import Kernels
+from perigee.workers.attention.dense import attend_span
+from perigee.workers.kernels.base import Kernels, Matrix
+from perigee.workers.model.layers import Prepared
 from perigee.workers.model.moonlight_config import MoonlightConfig
 
 
-class UpProjection(nn.Module):
+class UpProjection(Prepared):
     """U_k and U_v of each head: from a latent to what the head's keys and values have beside the rotated part."""
 
-    def __init__(self, config: MoonlightConfig) -> None:
+    def __init__(self, config: MoonlightConfig, kernels: Kernels) -> None:
         super().__init__()
-        heads, rank = config.num_heads, config.kv_lora_rank
+        self.kernels = kernels
         self.nope_dim = config.nope_dim
-        self.weight = nn.Parameter(torch.empty(heads, config.nope_dim + config.value_dim, rank))
-        self.absorbing = torch.empty(0)  # U_kᵀ, [heads, rank, nope_dim]; `prepare` fills it
+        self.heads, self.rank = config.num_heads, config.kv_lora_rank
+        self.weight = nn.Parameter(torch.empty(self.heads, config.nope_dim + config.value_dim, self.rank))
+        self._take(Matrix(self._transposed_keys()), Matrix(self.weight))
 
     def prepare(self) -> None:
-        """Lays U_kᵀ out row by row, as products with few queries read it."""
-        self.absorbing = self.keys.transpose(1, 2).contiguous()
+        self._take(*self.kernels.matrices(self._transposed_keys(), self.weight))
 
-    @property
-    def keys(self) -> Tensor:  # [heads, nope_dim, rank]
-        return self.weight[:, : self.nope_dim]
+    def _transposed_keys(self) -> Tensor:
+        return self.weight[:, : self.nope_dim].transpose(1, 2).contiguous()
 
-    @property
-    def values(self) -> Tensor:  # [heads, value_dim, rank]
-        return self.weight[:, self.nope_dim :]
+    def _take(self, absorbing: Matrix, both: Matrix) -> None:
+        self.absorbing = absorbing  # U_kᵀ, [heads, rank, nope_dim]
+        self.keys_values = Matrix(both.tensor.view(-1, self.rank), both.packed)  # of all heads, U_k then U_v of each
+        self.values = Matrix(both.tensor[:, self.nope_dim :], both.packed)  # U_v, [heads, value_dim, rank]
 
 
 class LatentAttention:
@@ -59,7 +60,7 @@ class LatentAttention:
             values = latents[:, : self.config.kv_lora_rank]
             attended = self.kernels.attend_decode(absorbed, latents, values, batch.decode, self.config.score_scale)
             if attended is not None:
-                return self.kernels.linear_heads(attended, up.values)
+                return self._values(attended, up)
         if len(batch.spans) == 1:
             return self._attend_span(q, latents, up, batch.spans[0])
         out = q.new_empty(*q.shape[:2], self.config.value_dim)
@@ -82,36 +83,35 @@ class LatentAttention:
         return absorbed < expanded
 
     def _absorb(self, q: Tensor, up: UpProjection) -> Tensor:  # [tokens, heads, rank + rope_dim]
-        nope, turned = q[..., : self.config.nope_dim], q[..., self.config.nope_dim :]
-        return torch.cat([self.kernels.linear_heads(nope, up.absorbing), turned], dim=-1)
+        nope_dim, rank = self.config.nope_dim, self.config.kv_lora_rank
+        absorbed = q.new_empty(*q.shape[:2], self.config.latent_width)
+        absorbed[..., rank:] = q[..., nope_dim:]
+        self.kernels.linear_heads(q[..., :nope_dim], up.absorbing, absorbed[..., :rank])
+        return absorbed
+
+    def _values(self, attended: Tensor, up: UpProjection) -> Tensor:  # [tokens, heads, value_dim]
+        out = attended.new_empty(*attended.shape[:2], self.config.value_dim)
+        self.kernels.linear_heads(attended, up.values, out)
+        return out
 
     def _absorbed(self, q: Tensor, latents: Tensor, up: UpProjection, span: Span) -> Tensor:
-        queries = self._absorb(q, up).transpose(0, 1)  # [heads, length, rank + rope_dim]
-        keys = latents.expand(1, -1, -1)  # one head
+        keys = latents[:, None]  # one head
         values = keys[..., : self.config.kv_lora_rank]
-        attended = self._scaled_dot_product(queries, keys, values, span)
-        return self.kernels.linear_heads(attended.transpose(0, 1), up.values)
+        scale = self.config.score_scale
+        queries = self._absorb(q, up)
+        attended = self.kernels.attend_chunk(queries, keys, values, span.start, scale)
+        if attended is None:
+            attended = attend_span(queries, keys, values, span, scale)
+        return self._values(attended, up)
 
     def _expanded(self, q: Tensor, latents: Tensor, up: UpProjection, span: Span) -> Tensor:
         config, context = self.config, len(latents)
         latent, turned = latents[:, : config.kv_lora_rank], latents[:, config.kv_lora_rank :]
-        expanded = self.kernels.linear(latent, up.weight.flatten(0, 1)).view(context, config.num_heads, -1)
+        expanded = self.kernels.linear(latent, up.keys_values).view(context, config.num_heads, -1)
         nope, values = expanded[..., : config.nope_dim], expanded[..., config.nope_dim :]
-        keys = torch.cat([nope, turned[:, None].expand(-1, config.num_heads, -1)], dim=-1).transpose(0, 1)
-        attended = self._scaled_dot_product(q.transpose(0, 1), keys, values.transpose(0, 1), span)
-        return attended.transpose(0, 1)
-
-    def _scaled_dot_product(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-        """q [heads, length, dim] over keys and values [kv_heads, context, ...]: [heads, length, value_dim]."""
-        # Torch is fast on the CPU only where queries and values have one size.
-        padded = F.pad(values, (0, keys.shape[-1] - values.shape[-1]))
-        out = F.scaled_dot_product_attention(
-            q[None],
-            keys[None],
-            padded[None],
-            attn_mask=span.mask,
-            is_causal=span.start == 0 and span.length > 1,
-            scale=self.config.score_scale,
-            enable_gqa=True,
-        )
-        return out[0, ..., : values.shape[-1]]
+        scale = config.score_scale
+        attended = self.kernels.attend_chunk(q, nope, values, span.start, scale, shared_keys=turned)
+        if attended is None:
+            keys = torch.cat([nope, turned[:, None].expand(-1, config.num_heads, -1)], dim=-1)
+            attended = attend_span(q, keys, values, span, scale)
+        return attended

@@ -45,10 +45,8 @@ class Runner:
 
     def _span(self, chunk: Chunk, first: int) -> Span:
         pages = chunk.active.pages
-        needs_mask = chunk.length > 1 and chunk.start > 0
-        # Once a step, for all layers and heads.
-        mask = _causal_mask(chunk, self.pool.tensor.dtype) if needs_mask else None
-        return Span(first, chunk.length, chunk.start, pages, _pool_rows(pages, chunk.stop), mask)
+        rows = _pool_rows(pages, chunk.stop)
+        return Span(first, chunk.length, chunk.start, pages, rows, self.pool.tensor.dtype)
 
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
@@ -65,12 +63,6 @@ def _decode_batch(chunks: list[Chunk], page_tokens: int) -> DecodeBatch | None:
     tables = [chunk.active.pages.pages[:width] for chunk in chunks]
     padded = [table + (0,) * (width - len(table)) for table in tables]
     return DecodeBatch(torch.tensor(padded, dtype=torch.int32), torch.tensor(contexts), page_tokens, max(contexts))
-
-
-def _causal_mask(chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """[length, context], 0 where a token of the chunk may look and -inf where not."""
-    mask = torch.full((chunk.length, chunk.stop), -torch.inf, dtype=dtype)
-    return mask.triu_(chunk.start + 1)
 
 
 def _pool_rows(pages: PageTable, stop: int) -> slice | Tensor:

@@ -1,7 +1,7 @@
 """What a model asks of its kernels."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -17,12 +17,43 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Matrix:
+    """Weights [..., out, in] as the kernels that made it read them; if `packed`, `tensor` is theirs alone to read."""
+
+    tensor: Tensor
+    packed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary embedding at the positions of a step's tokens. The sines of the first half come negated."""
 
     cos: Tensor  # [tokens, 1, dim]
     sin: Tensor
     interleaved: bool  # pairs lie side by side in what is rotated, else in its two halves; the result has halves
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token chooses its experts (DeepSeek-V3, 2.1.2).
+
+    `noaux_tc` adds a learned bias to the scores for the choice alone, and keeps the groups whose two best experts score
+    highest; `group_limited_greedy` keeps those whose best one does; `greedy` knows no groups.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    method: Literal["noaux_tc", "greedy", "group_limited_greedy"]
+    scoring: Literal["sigmoid", "softmax"]
+    num_groups: int
+    groups_per_token: int
+    normalise: bool  # the weights of a token's experts to a sum of 1, before the scaling
+    scaling_factor: float
+
+    @property
+    def best_of_group(self) -> int:
+        """How many of a group's experts decide whether the group is kept."""
+        return 2 if self.method == "noaux_tc" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +68,16 @@ class Chosen:
 class Kernels(Protocol):
     """Operations on tensors of one dtype. None changes its inputs, but those named `..._and_store` fill the pool."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [tokens, in] with weight [out, in]: [tokens, out]."""
+    def matrices(self, *weights: Tensor) -> tuple[Matrix, ...]:
+        """Takes weights [..., out, in] over, which may be laid out anew where they lie: all of them alike."""
+        ...
+
+    def rows(self, matrix: Matrix, indices: Tensor) -> Tensor:
+        """Rows of a matrix [out, in] as they were: [indices, in]."""
+        ...
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        """x [tokens, in] with a matrix [out, in]: [tokens, out]."""
         ...
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -69,15 +108,33 @@ class Kernels(Protocol):
         """
         ...
 
-    def linear_heads(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A linear map a head: x [tokens, heads, in] with weight [heads, out, in]: [tokens, heads, out]."""
+    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
+        """A linear map a head: x [tokens, heads, in] with a matrix [heads, out, in] into `out` [tokens, heads, out]."""
         ...
 
-    def experts(self, x: Tensor, chosen: Chosen, gate_up: Tensor, down: Tensor) -> Tensor:
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The weights, float32, and the experts that each of x [tokens, width] chooses: [tokens, experts_per_token].
+
+        weight: [experts, width]; bias: [experts], float32. Scores are float32, and so are their sums.
+        """
+        ...
+
+    def experts(self, x: Tensor, chosen: Chosen, gate_up: Matrix, down: Matrix) -> Tensor:
         """The weighted sum of what the chosen experts, gated MLPs, make of each token.
 
         x: [tokens, width]; gate_up: [experts, 2 intermediate, width]; down: [experts, width, intermediate]. Computes no
         expert for a token that did not choose it. Returns [tokens, width].
+        """
+        ...
+
+    def attend_chunk(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
+    ) -> Tensor | None:
+        """Causal attention of q [length, heads, head_dim], whose positions begin at `start`; None if this shape is not
+        one for it.
+
+        keys: [start + length, kv_heads, own_dim]; values: [start + length, kv_heads, value_dim]; shared_keys:
+        [start + length, rest of head_dim], which every head's keys end with. Returns [length, heads, value_dim].
         """
         ...
 

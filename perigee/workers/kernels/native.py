@@ -1,68 +1,91 @@
-"""Builds `kernels.c` for this machine, once, and calls it.
-
-The library is kept beside the converted checkpoints and named by its source, so a new version builds anew. Compiling
-takes two seconds; a machine without a compiler or without the instructions runs the torch kernels instead.
-"""
+"""The kernels in C, for bfloat16 inference on the CPU. What one of them does not cover goes to torch."""
 
 import ctypes
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from perigee.workers.kernels.base import DecodeBatch, Rope
+from perigee.workers.kernels.base import Chosen, DecodeBatch, Matrix, Rope, Routing
+from perigee.workers.kernels.build import library
 from perigee.workers.kernels.reference import TorchKernels
-
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 
 # A context is cut in parts of at least this many tokens while there are fewer tasks than it takes to keep threads busy.
 _PART_TOKENS = 256
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
-    "perigee_linear": [_POINTER] * 4 + [_LONG] * 3,
+    "perigee_pack": [_POINTER] + [_LONG] * 2,
+    "perigee_linear": [_POINTER] * 4 + [_LONG] * 9,
     "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
     "perigee_gated_silu": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_rotate_and_store": [_POINTER] * 7 + [_LONG] * 4,
+    "perigee_rotate_and_store_latent": [_POINTER] * 8 + [_LONG] * 8 + [_FLOAT],
+    "perigee_route": [_POINTER] * 5 + [_LONG] * 9 + [_FLOAT],
+    "perigee_experts": [_POINTER] * 6 + [_LONG] * 6,
+    "perigee_attend_chunk": [_POINTER] * 5 + [_LONG] * 12 + [_FLOAT],
     "perigee_attend_paged": [_POINTER] * 6 + [_LONG] * 10 + [_FLOAT],
 }
 
 
-class NativeUnavailable(Exception):
-    """This machine can't build or run the native kernels. The message says why."""
-
-
 class NativeKernels(TorchKernels):
-    """bfloat16 on the CPU, for inference. What a native kernel does not cover goes to torch."""
+    """Each method passes addresses, shapes and strides; `native_src` says what it makes of them."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._linear = library.perigee_linear
-        self._linear_rows: int = library.perigee_linear_rows()
-        self._add_rms_norm = library.perigee_add_rms_norm
-        self._gated_silu = library.perigee_gated_silu
-        self._rotate_and_store = library.perigee_rotate_and_store
-        self._attend_paged = library.perigee_attend_paged
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        for name, signature in _SIGNATURES.items():
+            getattr(functions, name).argtypes = signature
+        self._pack = functions.perigee_pack
+        self._linear = functions.perigee_linear
+        self._add_rms_norm = functions.perigee_add_rms_norm
+        self._gated_silu = functions.perigee_gated_silu
+        self._rotate_and_store = functions.perigee_rotate_and_store
+        self._rotate_and_store_latent = functions.perigee_rotate_and_store_latent
+        self._route = functions.perigee_route
+        self._experts = functions.perigee_experts
+        self._attend_chunk = functions.perigee_attend_chunk
+        self._attend_paged = functions.perigee_attend_paged
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows, width = x.shape
-        if rows > self._linear_rows or width % 32:
-            return super().linear(x, weight, bias)
-        x = x.contiguous()
-        out = x.new_empty(rows, len(weight))
+    # ---- matrices ------------------------------------------------------------------------------------------------
+
+    def matrices(self, *weights: Tensor) -> tuple[Matrix, ...]:
+        if any(w.shape[-2] % 16 or w.shape[-1] % 32 or not w.is_contiguous() for w in weights):
+            return super().matrices(*weights)
+        for weight in weights:
+            width = weight.shape[-1]
+            if self._pack(weight.data_ptr(), weight.numel() // width, width):
+                raise MemoryError(f"no memory to pack a matrix of shape {list(weight.shape)}")
+        return tuple(Matrix(weight, packed=True) for weight in weights)
+
+    def rows(self, matrix: Matrix, indices: Tensor) -> Tensor:
+        if not matrix.packed:
+            return super().rows(matrix, indices)
+        height, width = matrix.tensor.shape
+        blocks = matrix.tensor.view(height // 16, width // 2, 16, 2)
+        return blocks[indices // 16, :, indices % 16].flatten(1)
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if not matrix.packed:
+            return super().linear(x, matrix, bias)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        (tokens, width), outputs = x.shape, len(matrix.tensor)
+        out = x.new_empty(tokens, outputs)
         bias_at = None if bias is None else bias.data_ptr()
-        self._linear(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), rows, len(weight), width)
+        pointers = (x.data_ptr(), matrix.tensor.data_ptr(), bias_at, out.data_ptr())
+        self._linear(*pointers, 1, tokens, outputs, width, x.stride(0), outputs, 0, 0, 0)
         return out
+
+    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
+        if not matrix.packed or x.stride(2) != 1 or out.stride(2) != 1:
+            return super().linear_heads(x, matrix, out)
+        tokens, heads, width = x.shape
+        weight = matrix.tensor
+        pointers = (x.data_ptr(), weight.data_ptr(), None, out.data_ptr())
+        strides = (x.stride(0), out.stride(0), x.stride(1), out.stride(1), weight.stride(0))
+        self._linear(*pointers, heads, tokens, weight.shape[1], width, *strides)
+        return None
+
+    # ---- rows ----------------------------------------------------------------------------------------------------
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
@@ -98,6 +121,60 @@ class NativeKernels(TorchKernels):
         self._rotate_and_store(*(t.data_ptr() for t in tensors), tokens, num_heads, kv_heads, head_dim)
         return q
 
+    def rotate_and_store_latent(
+        self, q: Tensor, latent: Tensor, norm: Tensor, eps: float, rope: Rope, rows: Tensor, latents: Tensor
+    ) -> Tensor:
+        (tokens, heads, head_dim), rank, rope_dim = q.shape, len(norm), rope.cos.shape[-1]
+        dense = latent.stride(1) == 1 and q.stride()[1:] == (head_dim, 1)
+        if rope_dim % 32 or rank % 16 or not dense:
+            return super().rotate_and_store_latent(q, latent, norm, eps, rope, rows, latents)
+        out = q.new_empty(q.shape)
+        tensors = (q, latent, norm, rope.cos, rope.sin, rows, out, latents)
+        shape = (tokens, heads, head_dim - rope_dim, rope_dim, rank, q.stride(0), latent.stride(0), rope.interleaved)
+        self._rotate_and_store_latent(*(t.data_ptr() for t in tensors), *shape, eps)
+        return out
+
+    # ---- experts -------------------------------------------------------------------------------------------------
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        (tokens, width), chosen = x.shape, routing.experts_per_token
+        experts = torch.empty(tokens, chosen, dtype=torch.int64)
+        weights = torch.empty(tokens, chosen)
+        if width % 32 or not x.is_contiguous():
+            return super().route(x, weight, bias, routing)
+        pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr())
+        groups = (routing.num_groups, routing.groups_per_token, routing.best_of_group)
+        options = (routing.scoring == "softmax", routing.normalise, routing.scaling_factor)
+        shape = (tokens, width, len(weight), chosen, *groups)
+        if self._route(*pointers, experts.data_ptr(), weights.data_ptr(), *shape, *options):
+            return super().route(x, weight, bias, routing)
+        return weights, experts
+
+    def experts(self, x: Tensor, chosen: Chosen, gate_up: Matrix, down: Matrix) -> Tensor:
+        if not (gate_up.packed and down.packed and x.is_contiguous()):
+            return super().experts(x, chosen, gate_up, down)
+        out = torch.empty_like(x)
+        tensors = (x, chosen.experts, chosen.weights, gate_up.tensor, down.tensor, out)
+        num_experts, width, inter = down.tensor.shape
+        shape = (len(x), chosen.experts.shape[1], chosen.num_shared, num_experts, width, inter)
+        if self._experts(*(t.data_ptr() for t in tensors), *shape):
+            raise MemoryError(f"no memory for the experts of {len(x)} tokens")
+        return out
+
+    # ---- attention -----------------------------------------------------------------------------------------------
+
+    def attend_chunk(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
+    ) -> Tensor | None:
+        (length, heads, head_dim), (_, kv_heads, value_dim) = q.shape, values.shape
+        shared = keys[:, 0, :0] if shared_keys is None else shared_keys
+        q, out = q.contiguous(), q.new_empty(length, heads, value_dim)
+        tensors = (q, keys, shared, values, out)
+        strides = (*keys.stride()[:2], shared.stride(0), *values.stride()[:2])
+        shape = (length, start, heads, kv_heads, head_dim, shared.shape[1], value_dim)
+        done = self._attend_chunk(*(t.data_ptr() for t in tensors), *shape, *strides, scale)
+        return out if done == 0 else None
+
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
         sequences, heads, head_dim = q.shape
         kv_heads = keys.shape[1] // head_dim
@@ -112,56 +189,11 @@ class NativeKernels(TorchKernels):
 
 
 @cache
-def load() -> NativeKernels:
-    """The native kernels, built if need be. Raises NativeUnavailable."""
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except OSError as error:
-        raise NativeUnavailable(str(error)) from error
-    for name, signature in _SIGNATURES.items():
-        getattr(library, name).argtypes = signature
-    return NativeKernels(library)
+def load(*, tiles: bool = True) -> NativeKernels:
+    """The native kernels, built if need be, with the processor's matrix unit or without. Raises NativeUnavailable."""
+    return NativeKernels(library(tiles=tiles))
 
 
 def _parts(longest: int, tasks: int) -> int:
     wanted = -(-4 * torch.get_num_threads() // tasks)
     return max(1, min(wanted, longest // _PART_TOKENS))
-
-
-def _build() -> Path:
-    """The library for this source, compiler flags and processor; compiled unless it is there."""
-    missing = _INSTRUCTIONS - _cpu_flags()
-    if missing:
-        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    identity = SOURCE.read_bytes() + " ".join((*_FLAGS, *sorted(_cpu_flags()))).encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perigee" / "kernels"
-    library = folder / f"{hashlib.sha256(identity).hexdigest()[:24]}.so"
-    if not library.exists():
-        _compile(library)
-    return library
-
-
-def _compile(library: Path) -> None:
-    """Compiles to a sibling first, so that processes that start together each find a whole library or none."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise NativeUnavailable("there is no C compiler")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, "-o", str(made), str(SOURCE), "-lm"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            raise NativeUnavailable(f"{compiler} failed: {done.stdout.strip()[:500]}")
-        made.replace(library)
-    logger.info("kernels built library=%s", library)
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), ":")
-    return frozenset(flags.partition(":")[2].split())

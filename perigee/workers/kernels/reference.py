@@ -4,14 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perigee.workers.kernels.base import Chosen, DecodeBatch, Rope
+from perigee.workers.kernels.base import Chosen, DecodeBatch, Matrix, Rope, Routing
 
 
 class TorchKernels:
     """See `Kernels`."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def matrices(self, *weights: Tensor) -> tuple[Matrix, ...]:
+        return tuple(map(Matrix, weights))
+
+    def rows(self, matrix: Matrix, indices: Tensor) -> Tensor:
+        return F.embedding(indices, matrix.tensor)
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, matrix.tensor, bias)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = x if delta is None else x + delta
@@ -39,25 +45,52 @@ class TorchKernels:
         latents[rows, rank:] = rotate(latent[:, None, rank:], rope)[:, 0]
         return torch.cat([q[..., :-rope_dim], rotate(q[..., -rope_dim:], rope)], dim=-1)
 
-    def linear_heads(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
+        out.copy_(torch.matmul(x.transpose(0, 1), matrix.tensor.transpose(1, 2)).transpose(0, 1))
 
-    def experts(self, x: Tensor, chosen: Chosen, gate_up: Tensor, down: Tensor) -> Tensor:
-        weights, order, counts = _by_expert(chosen, len(gate_up))
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.float(), weight.float())
+        scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(dim=-1)
+        ranked = scores if bias is None else scores + bias
+        if routing.num_groups > 1:
+            ranked = _within_best_groups(ranked, routing)
+        experts = ranked.topk(routing.experts_per_token, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, experts)
+        if routing.normalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * routing.scaling_factor, experts
+
+    def experts(self, x: Tensor, chosen: Chosen, gate_up: Matrix, down: Matrix) -> Tensor:
+        weights, order, counts = _by_expert(chosen, len(gate_up.tensor))
         per_token = weights.shape[1]
         first = 0
         made: list[Tensor] = []
         for expert, count in enumerate(counts):
             if count:
                 rows = x[order[first : first + count] // per_token]
-                made.append(self.linear(self.gated_silu(self.linear(rows, gate_up[expert])), down[expert]))
+                hidden = self.gated_silu(F.linear(rows, gate_up.tensor[expert]))
+                made.append(F.linear(hidden, down.tensor[expert]))
             first += count
         out = torch.empty(weights.numel(), x.shape[1], dtype=x.dtype, device=x.device)
         out[order] = torch.cat(made)
         return torch.einsum("tkw,tk->tw", out.view(*weights.shape, -1).float(), weights).to(x.dtype)
 
+    def attend_chunk(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
+    ) -> Tensor | None:
+        return None
+
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
         return None
+
+
+def _within_best_groups(ranked: Tensor, routing: Routing) -> Tensor:
+    """`ranked` [tokens, experts] with -inf for the experts of all groups but the best."""
+    groups = ranked.view(len(ranked), routing.num_groups, -1)
+    scores = groups.topk(min(routing.best_of_group, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept = scores.topk(routing.groups_per_token, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
+    return groups.masked_fill(dropped[..., None], -torch.inf).view_as(ranked)
 
 
 def _by_expert(chosen: Chosen, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:

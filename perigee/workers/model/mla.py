@@ -32,7 +32,7 @@ class MultiHeadLatentAttention(nn.Module):
         if config.q_lora_rank:
             self.query_norm = nn.Parameter(torch.empty(config.q_lora_rank))
             self.query = Projection(config.q_lora_rank, query_dim, kernels)
-        self.up = UpProjection(config)
+        self.up = UpProjection(config, kernels)
         self.out = Projection(config.num_heads * config.value_dim, config.hidden_size, kernels)
 
     def forward(self, x: Tensor, rope: Rope, cache: tuple[Tensor, ...], batch: StepBatch) -> Tensor:  # [tokens, hidden]

@@ -4,48 +4,26 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from perigee.workers.kernels.base import Chosen, Kernels
-from perigee.workers.model.layers import Place
-from perigee.workers.model.moonlight_config import MoonlightConfig, RouterConfig
+from perigee.workers.kernels.base import Chosen, Kernels, Matrix, Routing
+from perigee.workers.model.layers import Place, Prepared
+from perigee.workers.model.moonlight_config import MoonlightConfig
 
 
 class Router(nn.Module):
-    """Which experts each token goes to, and with what weight (DeepSeek-V3, 2.1.2). Scores are float32."""
+    """Which experts each token goes to, and with what weight."""
 
-    def __init__(self, config: RouterConfig, width: int) -> None:
+    def __init__(self, config: Routing, width: int, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         # For the choice alone: training moved it to keep the experts' loads even.
         has_bias = config.method == "noaux_tc"
         self.bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32)) if has_bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # weights and experts, each [tokens, experts_per_token]
-        config = self.config
-        scores = self._scores(F.linear(x.float(), self.weight.float()))
-        ranked = scores if self.bias is None else scores + self.bias
-        if config.num_groups > 1:
-            ranked = self._within_best_groups(ranked)
-        experts = ranked.topk(config.experts_per_token, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, experts)
-        if config.normalise:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * config.scaling_factor, experts
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self.config.scoring == "sigmoid" else logits.softmax(dim=-1)
-
-    def _within_best_groups(self, ranked: Tensor) -> Tensor:
-        """`ranked` with -inf for the experts of all groups but the best."""
-        config = self.config
-        groups = ranked.view(len(ranked), config.num_groups, -1)
-        best = 2 if config.method == "noaux_tc" else 1
-        group_scores = groups.topk(min(best, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-        kept = group_scores.topk(config.groups_per_token, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-        return groups.masked_fill(dropped[..., None], -torch.inf).view_as(ranked)
+        return self.kernels.route(x, self.weight, self.bias, self.config)
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         yield f"{prefix}.weight", Place.of(self.weight)
@@ -53,7 +31,7 @@ class Router(nn.Module):
             yield f"{prefix}.e_score_correction_bias", Place.of(self.bias)
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Prepared):
     """Routed and shared experts in one stack: a shared expert is one that every token chooses, with weight 1."""
 
     def __init__(self, config: MoonlightConfig, kernels: Kernels) -> None:
@@ -62,14 +40,18 @@ class MixtureOfExperts(nn.Module):
         self.num_routed = config.router.num_experts
         self.num_shared = config.num_shared_experts
         self.intermediate = config.moe_intermediate_size
-        self.router = Router(config.router, config.hidden_size)
+        self.router = Router(config.router, config.hidden_size, kernels)
         experts = self.num_routed + self.num_shared
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * self.intermediate, config.hidden_size))
         self.down = nn.Parameter(torch.empty(experts, config.hidden_size, self.intermediate))
+        self.matrices: tuple[Matrix, ...] = (Matrix(self.gate_up), Matrix(self.down))
+
+    def prepare(self) -> None:
+        self.matrices = self.kernels.matrices(self.gate_up, self.down)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
         weights, experts = self.router(x)
-        return self.kernels.experts(x, Chosen(experts, weights, self.num_shared), self.gate_up, self.down)
+        return self.kernels.experts(x, Chosen(experts, weights, self.num_shared), *self.matrices)
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         yield from self.router.places(f"{prefix}.gate")

@@ -35,8 +35,3 @@ class Moonlight(Decoder):
         assert isinstance(layer.mlp, GatedMLP | MixtureOfExperts)
         yield from layer.attention.places(f"{prefix}.self_attn")
         yield from layer.mlp.places(f"{prefix}.mlp")
-
-    def prepare(self) -> None:
-        for layer in self.layers:
-            assert isinstance(layer.attention, MultiHeadLatentAttention)
-            layer.attention.up.prepare()

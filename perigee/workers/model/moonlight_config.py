@@ -2,63 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from perigee.kvstore.blocks import DType, PayloadLayout
+from perigee.workers.kernels.base import Routing
 from perigee.workers.model.config_fields import one_of, positive
 from perigee.workers.model.errors import UnsupportedModel
 from perigee.workers.model.rope import RopeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class RouterConfig:
-    """How a token chooses its experts (DeepSeek-V3, 2.1.2).
-
-    `noaux_tc` adds a learned bias to the scores for the choice alone, and keeps the groups whose two best experts score
-    highest; `group_limited_greedy` keeps those whose best one does; `greedy` knows no groups.
-    """
-
-    num_experts: int
-    experts_per_token: int
-    method: Literal["noaux_tc", "greedy", "group_limited_greedy"]
-    scoring: Literal["sigmoid", "softmax"]
-    num_groups: int
-    groups_per_token: int
-    normalise: bool
-    scaling_factor: float
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any], version: str) -> "RouterConfig":
-        """`version` is the model_type: what a configuration leaves out is that version's habit."""
-        is_v3 = version == "deepseek_v3"
-        biased, unbiased = ("noaux_tc",), ("greedy", "group_limited_greedy")
-        method = one_of(config, "topk_method", biased + unbiased if is_v3 else unbiased + biased)
-        grouped = method != "greedy"
-        return cls(
-            num_experts=positive(config, "n_routed_experts"),
-            experts_per_token=positive(config, "num_experts_per_tok"),
-            method=method,
-            scoring=one_of(config, "scoring_func", ("sigmoid", "softmax") if is_v3 else ("softmax", "sigmoid")),
-            num_groups=(config.get("n_group") or 1) if grouped else 1,
-            groups_per_token=(config.get("topk_group") or 1) if grouped else 1,
-            normalise=bool(config.get("norm_topk_prob", is_v3)),
-            scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
-        )
-
-    def check(self) -> None:
-        """Raises UnsupportedModel for numbers that do not fit together."""
-        if self.method != "noaux_tc" and self.normalise and self.scaling_factor != 1:
-            # DeepSeek-V2's published code does not scale what it normalised; others do.
-            raise UnsupportedModel(f"config.json: norm_topk_prob: true is not supported with {self.method!r} and a scale")
-        if self.num_experts % self.num_groups:
-            raise UnsupportedModel(
-                f"config.json: n_group: {self.num_groups} does not divide {self.num_experts} experts"
-            )
-        if not self.groups_per_token <= self.num_groups:
-            raise UnsupportedModel(f"config.json: topk_group: {self.groups_per_token} of {self.num_groups} groups")
-        eligible = self.num_experts // self.num_groups * self.groups_per_token
-        if self.experts_per_token > eligible:
-            raise UnsupportedModel(f"config.json: num_experts_per_tok: {self.experts_per_token} of {eligible} eligible")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +28,7 @@ class MoonlightConfig:
     rope_dim: int
     value_dim: int
     num_shared_experts: int
-    router: RouterConfig
+    router: Routing
     rms_norm_eps: float
     rope: RopeConfig
     interleaved_rope: bool  # whether a checkpoint's pairs to rotate lie side by side, as DeepSeek publishes them
@@ -147,8 +97,8 @@ class MoonlightConfig:
         one_of(config, "hidden_act", ("silu",))
         one_of(config, "moe_layer_freq", (1,))
         one_of(config, "attention_bias", (False,))
-        router = RouterConfig.from_json(config, config["model_type"])
-        router.check()
+        router = _routing(config, config["model_type"])
+        _check(router)
         layers = positive(config, "num_hidden_layers")
         return cls(
             vocab_size=positive(config, "vocab_size"),
@@ -171,3 +121,35 @@ class MoonlightConfig:
             max_context=positive(config, "max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
+
+
+def _routing(config: Mapping[str, Any], version: str) -> Routing:
+    """`version` is the model_type: what a configuration leaves out is that version's habit."""
+    is_v3 = version == "deepseek_v3"
+    biased, unbiased = ("noaux_tc",), ("greedy", "group_limited_greedy")
+    method = one_of(config, "topk_method", biased + unbiased if is_v3 else unbiased + biased)
+    grouped = method != "greedy"
+    return Routing(
+        num_experts=positive(config, "n_routed_experts"),
+        experts_per_token=positive(config, "num_experts_per_tok"),
+        method=method,
+        scoring=one_of(config, "scoring_func", ("sigmoid", "softmax") if is_v3 else ("softmax", "sigmoid")),
+        num_groups=(config.get("n_group") or 1) if grouped else 1,
+        groups_per_token=(config.get("topk_group") or 1) if grouped else 1,
+        normalise=bool(config.get("norm_topk_prob", is_v3)),
+        scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
+    )
+
+
+def _check(router: Routing) -> None:
+    """Raises UnsupportedModel for numbers that do not fit together."""
+    if router.method != "noaux_tc" and router.normalise and router.scaling_factor != 1:
+        # DeepSeek-V2's published code does not scale what it normalised; others do.
+        raise UnsupportedModel(f"config.json: norm_topk_prob: true is not supported with {router.method!r} and a scale")
+    if router.num_experts % router.num_groups:
+        raise UnsupportedModel(f"config.json: n_group: {router.num_groups} does not divide {router.num_experts}")
+    if router.groups_per_token > router.num_groups:
+        raise UnsupportedModel(f"config.json: topk_group: {router.groups_per_token} of {router.num_groups} groups")
+    eligible = router.num_experts // router.num_groups * router.groups_per_token
+    if router.experts_per_token > eligible:
+        raise UnsupportedModel(f"config.json: num_experts_per_tok: {router.experts_per_token} of {eligible} eligible")

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from perigee.workers.model.added_tokens import add_tokens
 from perigee.workers.model.byte_level import BYTE_TO_CHARACTER
 from perigee.workers.model.errors import CheckpointError
 
@@ -74,6 +75,8 @@ def special_tokens(config: Mapping[str, Any], num_ranked: int) -> dict[int, Adde
             raise CheckpointError(
                 f"tokenizer_config.json: added_tokens_decoder: {key!r} is not an id from {ids[0]} to {ids[-1]}"
             )
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise CheckpointError(f"tokenizer_config.json: added_tokens_decoder: {key} has no content")
         tokens[int(key)] = _special(entry["content"], entry.get("special", True))
     if len({token.content for token in tokens.values()}) < len(tokens):
         raise CheckpointError("tokenizer_config.json: added_tokens_decoder: two ids have the same content")
@@ -101,14 +104,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             encoded, rank = line.split()
             yield int(rank), base64.b64decode(encoded, validate=True).decode("latin-1").translate(characters)
         except ValueError as error:
-            raise CheckpointError(f"{path}: line {number}: {line[:80]!r} is not a token in base64 and a rank") from error
+            raise CheckpointError(
+                f"{path}: line {number}: {line[:80]!r} is not a token in base64 and a rank"
+            ) from error
 
 
 def _merges(vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """Every split of a token into two tokens, by the token's rank.
 
-    tiktoken merges the two neighbours that make up the token of lowest rank, leftmost first. So do these merges: merging
-    is deterministic, hence of all splits of a token only one ever occurs, the last that merging the token's own bytes
+    tiktoken merges the two neighbours that make up the token of lowest rank, leftmost first. So do these merges: as
+    merging is deterministic, of all splits of a token only one ever occurs, the last that merging the token's own bytes
     comes to. The order among the splits of one token therefore does not matter.
     """
     for token in vocabulary:
@@ -118,8 +123,9 @@ def _merges(vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: Mapping[int, AddedToken]) -> None:
-    for token in tokens.values():  # one by one: only so are the ids given in this order
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    add_tokens(tokenizer, tokens.values())
     for id_, token in tokens.items():
         if tokenizer.token_to_id(token.content) != id_:
-            raise CheckpointError(f"added_tokens_decoder: {token.content!r} ({id_}) is a ranked token too")
+            raise CheckpointError(
+                f"tokenizer_config.json: added_tokens_decoder: {token.content!r} ({id_}) is a ranked token too"
+            )

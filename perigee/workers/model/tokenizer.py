@@ -12,6 +12,7 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from perigee.workers.model.added_tokens import add_tokens
 from perigee.workers.model.byte_level import token_bytes
 from perigee.workers.model.errors import ModelError
 from perigee.workers.model.tiktoken_vocabulary import VOCABULARY_FILE, read_vocabulary
@@ -142,8 +143,7 @@ def _without_special_tokens(tokens: tokenizers.Tokenizer) -> tokenizers.Tokenize
     plain.pre_tokenizer = tokens.pre_tokenizer
     plain.post_processor = tokens.post_processor
     plain.decoder = tokens.decoder
-    for _, token in sorted(tokens.get_added_tokens_decoder().items()):  # in this order they get the same ids
-        (plain.add_special_tokens if token.special else plain.add_tokens)([token])
+    add_tokens(plain, (token for _, token in sorted(tokens.get_added_tokens_decoder().items())))
     plain.encode_special_tokens = True
     return plain
 

@@ -15,7 +15,7 @@ from perigee.workers.kernels.registry import select
 from perigee.workers.model.config import ModelConfig
 from perigee.workers.model.decoder import Decoder
 from perigee.workers.model.errors import UnsupportedModel
-from perigee.workers.model.layers import Place
+from perigee.workers.model.layers import Place, Prepared
 from perigee.workers.model.llama import Llama
 from perigee.workers.model.llama_config import LlamaConfig
 from perigee.workers.model.moonlight import Moonlight
@@ -39,7 +39,9 @@ def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Decoder:
         by_file[shards[name]].append(name)
     for file, names in by_file.items():
         _fill(directory / file, {name: places[name] for name in names})
-    model.prepare()
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            module.prepare()
     return model
 
 
