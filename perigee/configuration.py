@@ -2,6 +2,9 @@
 
 A command called `store` reads the section `store` of the file, `PERIGEE_STORE_DRAM_BYTES` and `--dram-bytes`. All three
 are generated from the fields of the command's pydantic model, which validates what they say together.
+
+Fields of type SecretStr are secrets: they come from the environment alone, or from a file that it names. All commands
+share them, so `cluster_secret` is `PERIGEE_CLUSTER_SECRET` or `PERIGEE_CLUSTER_SECRET_FILE`.
 """
 
 import argparse
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ByteSize, ValidationError
+from pydantic import BaseModel, ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -36,8 +39,14 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positional: Collection[str] = ()) -> None:
-    """A flag for each field of `model`, or an argument for those in `positional`. What is not given stays unset."""
+    """A flag for each field of `model`, or an argument for those in `positional`. What is not given stays unset.
+
+    The help tells of secrets as well, which have no flags.
+    """
     for name, field in model.model_fields.items():
+        if _is_secret(field):
+            parser.add_argument_group(_secret_variables(name), field.description)
+            continue
         text = f"{field.description} {_default_text(field)}".replace("%", "%%")
         if name in positional:
             parser.add_argument(name, metavar=name.upper(), help=text)
@@ -66,13 +75,16 @@ def load(
     origins: dict[str, str] = {}
     for name, value in _from_file(file, command, sections).items():
         values[name], origins[name] = value, f"{file or DEFAULT_FILE}: {command}.{name}"
-    for name in model.model_fields:
+    for name, field in model.model_fields.items():
+        if _is_secret(field):
+            values[name], origins[name] = _secret(name, environ, origins.get(name))
+            continue
         variable = f"PERIGEE_{command}_{name}".upper().replace("-", "_")
         if variable in environ:
             values[name], origins[name] = environ[variable], variable
         if name in flags:
             values[name], origins[name] = flags[name], name.upper() if name in positional else _flag(name)
-        if get_origin(model.model_fields[name].annotation) is tuple and isinstance(values.get(name), str):
+        if get_origin(field.annotation) is tuple and isinstance(values.get(name), str):
             values[name] = values[name].split(",")
     try:
         return model.model_validate(values)
@@ -86,8 +98,9 @@ def explained(error: ValidationError, model: type[BaseModel], origins: Mapping[s
 
 
 def as_flags(config: BaseModel) -> list[str]:
-    """The command line that gives `config` again. None is left out: it is said by saying nothing."""
-    return [_as_flag(_flag(name), value) for name, value in config if value is not None]
+    """The command line that gives `config` again. None is left out: it is said by saying nothing. Secrets are, too."""
+    given = ((name, value) for name, value in config if not isinstance(value, SecretStr | None))
+    return [_as_flag(_flag(name), value) for name, value in given]
 
 
 def _as_flag(flag: str, value: Any) -> str:
@@ -125,6 +138,30 @@ def _from_file(file: Path | None, command: str, sections: Collection[str]) -> di
     return {str(name).replace("-", "_"): value for name, value in section.items()}
 
 
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def _secret_variables(name: str) -> str:
+    return f"PERIGEE_{name} or PERIGEE_{name}_FILE".upper().replace(" OR ", " or ")
+
+
+def _secret(name: str, environ: Mapping[str, str], in_settings: str | None) -> tuple[str | None, str]:
+    """A secret, without the white space around it, and where it was said. Raises ConfigurationError."""
+    variable = f"PERIGEE_{name}".upper()
+    in_file = f"{variable}_FILE"
+    if in_settings:
+        raise ConfigurationError([f"{in_settings}: is a secret; allowed is {_secret_variables(name)}"])
+    if variable in environ and in_file in environ:
+        raise ConfigurationError([f"{in_file}: there is {variable} as well; allowed is one of the two"])
+    if in_file not in environ:
+        return environ.get(variable), variable
+    try:
+        return Path(environ[in_file]).read_text(encoding="utf-8").strip(), in_file
+    except (OSError, ValueError) as error:
+        raise ConfigurationError([f"{in_file}: {environ[in_file]!r}: {error}"]) from error
+
+
 def _problem(problem: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str]) -> str:
     if not problem["loc"]:
         # A rule about several fields: its message names them.
@@ -135,7 +172,10 @@ def _problem(problem: ErrorDetails, model: type[BaseModel], origins: Mapping[str
         return f"{origin}: is needed: {model.model_fields[name].description}"
     if problem["type"] == "extra_forbidden":
         return f"{origin}: no such field; allowed are {', '.join(model.model_fields)}"
-    return f"{origin}: {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    if _is_secret(model.model_fields[name]):
+        return f"{origin}: {reason}"
+    return f"{origin}: {problem['input']!r}: {reason}"
 
 
 def _default_text(field: FieldInfo) -> str:

@@ -14,6 +14,7 @@ import grpc
 from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator
 
 from perigee.configuration import ConfigurationError, as_flags, explained
+from perigee.kvstore.addresses import ClusterProcess
 from perigee.kvstore.blocks import DType
 from perigee.kvstore.config import StoreConfig
 from perigee.scheduler.config import ConductorConfig
@@ -34,8 +35,8 @@ _POLL_S = 0.05
 _WORKER = WorkerConfig.model_fields
 
 
-class UpConfig(BaseModel, frozen=True, extra="forbid"):
-    """A cluster on this machine: server, Conductor, one store node, prefill and decode workers."""
+class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
+    """A cluster on this machine: server, Conductor, store nodes with prefill and decode workers around each."""
 
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
@@ -44,14 +45,21 @@ class UpConfig(BaseModel, frozen=True, extra="forbid"):
         DEFAULT_MODEL, min_length=1, description="a directory in Hugging Face layout, a .gguf file or a built-in name"
     )
     served_model_name: str | None = Field(None, description="what the API calls it, if not by the name it came with")
-    prefill: int = Field(1, ge=1, description="number of prefill workers")
-    decode: int = Field(1, ge=1, description="number of decode workers")
+    nodes: int = Field(1, ge=1, description="number of store nodes; between them blocks go over TCP, as between hosts")
+    prefill: int = Field(1, ge=1, description="number of prefill workers of each store node")
+    decode: int = Field(1, ge=1, description="number of decode workers of each store node")
     dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
     block_tokens: int = Field(
         _WORKER["block_tokens"].default, ge=1, description="tokens a KVCache block, a power of two"
     )
     dram_bytes: ByteSize = Field(
-        ByteSize(1 << 30), gt=0, description="memory that the store node keeps blocks in, such as 512MiB or 2GiB"
+        ByteSize(1 << 30), gt=0, description="memory that each store node keeps blocks in, such as 512MiB or 2GiB"
+    )
+    ssd_folder: Path | None = Field(
+        None, description="folder for blocks that leave memory, kept for the next start; none: no SSD tier"
+    )
+    ssd_bytes: ByteSize = Field(
+        ByteSize(4 << 30), gt=0, description="disk that each store node reserves there, such as 16GiB"
     )
     kv_tokens: int = Field(_WORKER["kv_tokens"].default, ge=1, description="tokens that each worker's KV pool holds")
     max_batched_tokens: int = Field(
@@ -91,6 +99,7 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     """
     port = _free_port(config.host, config.port)
     model = await _resolve(config)
+    _make_folders(config)
     with run_directory() as directory:
         specs = _checked(plan(config, port, model, directory, process_flags))
         async with Children(directory, config.grace_s) as children:
@@ -110,13 +119,7 @@ def plan(
 ) -> Iterator[ChildSpec]:
     """The processes of the cluster, each after those that it needs. `directory` is for their sockets."""
     conductor = conductor_target(directory)
-    store = StoreConfig(
-        id="store-0",
-        listen=f"unix:{directory}/store-0.grpc.sock",
-        socket=directory / "store-0.sock",
-        directory=conductor,
-        dram_bytes=config.dram_bytes,
-    )
+    stores = [_store(config, directory, index) for index in range(config.nodes)]
     server = ServerConfig(
         host=config.host,
         port=port,
@@ -127,8 +130,9 @@ def plan(
         served_model_name=config.model_name,
     )
     yield _child("conductor", 0, "conductor", ConductorConfig(listen=conductor), process_flags)
-    yield _child("store-0", 1, "store", store, process_flags)
-    for worker in _workers(config, model, directory, store):
+    for store in stores:
+        yield _child(store.id, 1, "store", store, process_flags)
+    for worker in _workers(config, model, directory, stores):
         yield _child(worker.id, 2, "worker", worker, process_flags, _openmp(worker.threads))
     yield _child("server", 3, "server", server, process_flags)
 
@@ -138,10 +142,34 @@ def conductor_target(directory: Path) -> str:
     return f"unix:{directory}/conductor.sock"
 
 
-def _workers(config: UpConfig, model: Path, directory: Path, store: StoreConfig) -> Iterator[WorkerConfig]:
+def _store(config: UpConfig, directory: Path, index: int) -> StoreConfig:
+    name = f"store-{index}"
+    return StoreConfig(
+        id=name,
+        listen=f"unix:{directory}/{name}.grpc.sock",
+        socket=directory / f"{name}.sock",
+        directory=conductor_target(directory),
+        dram_bytes=config.dram_bytes,
+        ssd_folder=config.ssd_folder / name if config.ssd_folder else None,
+        ssd_bytes=config.ssd_bytes,
+    )
+
+
+def _make_folders(config: UpConfig) -> None:
+    """Raises ConfigurationError if the stores cannot have their folders."""
+    try:
+        for index in range(config.nodes if config.ssd_folder else 0):
+            assert config.ssd_folder is not None
+            (config.ssd_folder / f"store-{index}").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError([f"--ssd-folder: {config.ssd_folder}: {error.strerror}"]) from error
+
+
+def _workers(config: UpConfig, model: Path, directory: Path, stores: Sequence[StoreConfig]) -> Iterator[WorkerConfig]:
+    """The first ones of each role are those of the first node."""
     roles: list[tuple[Role, int]] = [("prefill", config.prefill), ("decode", config.decode)]
     for role, count in roles:
-        for index in range(count):
+        for index, store in enumerate(store for store in stores for _ in range(count)):
             yield WorkerConfig(
                 id=f"{role}-{index}",
                 role=role,
@@ -215,11 +243,11 @@ async def _resolve(config: UpConfig) -> Path:
 
 async def _announce(config: UpConfig, port: int, conductor: str) -> None:
     """Says on standard output that the API answers and that all workers are there, as soon as that is so."""
-    host, num_workers = config.host, config.prefill + config.decode
+    host, num_workers = config.host, config.nodes * (config.prefill + config.decode)
     # Of other processes there is no event to await.
     while not await _is_healthy(host, port):  # noqa: ASYNC110
         await asyncio.sleep(_POLL_S)
-    async with grpc.aio.insecure_channel(conductor) as channel:
+    async with config.access.channel(conductor) as channel:
         while await _count_workers(channel) < num_workers:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
     sys.stdout.write(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel, ByteSize, Field
+from pydantic import BaseModel, ByteSize, Field, SecretStr
 
 from perigee.cli import COMMANDS
 from perigee.configuration import ConfigurationError, FlagParser, add_flags, as_flags, load
@@ -215,3 +215,45 @@ def test_up_tells_its_processes_what_it_was_told(tmp_path: Path) -> None:
     assert decode.environment["OMP_NUM_THREADS"] == "5"
     assert decode.environment["OMP_WAIT_POLICY"] == "passive"
     assert {"--port=8123", "--served-model-name=my"} <= set(specs["server"].arguments)
+
+
+class Guarded(BaseModel, frozen=True, extra="forbid"):
+    """A configuration with a secret."""
+
+    cluster_secret: SecretStr | None = Field(None, description="a secret")
+
+
+def guarded(environ: dict[str, str], file: Path | None = None) -> Guarded:
+    return load(Guarded, command="example", file=file, sections=["example"], environ=environ, flags={})
+
+
+def revealed(config: Guarded) -> str | None:
+    return config.cluster_secret.get_secret_value() if config.cluster_secret else None
+
+
+def test_a_secret_comes_from_the_environment_or_from_a_file_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("of a file\n")
+    assert revealed(guarded({})) is None
+    assert revealed(guarded({"PERIGEE_CLUSTER_SECRET": "said"})) == "said"
+    assert revealed(guarded({"PERIGEE_CLUSTER_SECRET_FILE": str(path)})) == "of a file"
+
+
+def test_a_secret_said_twice_in_a_missing_file_or_in_the_settings_is_an_error(tmp_path: Path, file: Path) -> None:
+    both = {"PERIGEE_CLUSTER_SECRET": "a", "PERIGEE_CLUSTER_SECRET_FILE": "b"}
+    with pytest.raises(ConfigurationError, match="allowed is one of the two"):
+        guarded(both)
+    with pytest.raises(ConfigurationError, match=r"PERIGEE_CLUSTER_SECRET_FILE: .*No such file"):
+        guarded({"PERIGEE_CLUSTER_SECRET_FILE": str(tmp_path / "none")})
+    file.write_text("example: {cluster_secret: said}\n")
+    with pytest.raises(ConfigurationError, match=r"example\.cluster_secret: is a secret; allowed is PERIGEE_CLUSTER"):
+        guarded({}, file)
+
+
+def test_a_secret_has_no_flag_but_the_help_tells_of_it() -> None:
+    parser = FlagParser("example", allow_abbrev=False)
+    add_flags(parser, Guarded)
+    assert "PERIGEE_CLUSTER_SECRET or PERIGEE_CLUSTER_SECRET_FILE" in parser.format_help()
+    with pytest.raises(ConfigurationError, match="--cluster-secret"):
+        parser.parse_args(["--cluster-secret=x"])
+    assert as_flags(guarded({"PERIGEE_CLUSTER_SECRET": "said"})) == []

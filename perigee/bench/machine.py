@@ -1,15 +1,39 @@
-"""What this machine can do at the most: the limits that benchmarks set their figures beside."""
+"""What this machine can do at the most: what the limits beside benchmarks' figures are made of."""
 
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.attention.base import TORCH_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRates:
+    """Operations a second in a large matrix product, and bytes a second read from memory."""
+
+    matmul_flops_per_s: float
+    memory_bytes_per_s: float
+
+    @classmethod
+    def measure(cls, dtype: DType, weight_bytes: int) -> "MachineRates":
+        """The rates for a model of so many bytes, which the caches may hold in part: then they count."""
+        return cls(matmul_flops_per_s(dtype), memory_bytes_per_s(weight_bytes))
+
+    @classmethod
+    def best(cls, rates: Sequence["MachineRates"]) -> "MachineRates":
+        return cls(max(r.matmul_flops_per_s for r in rates), max(r.memory_bytes_per_s for r in rates))
+
+    def as_json(self) -> dict[str, float]:
+        return {
+            "matmul_tflops_per_s": round(self.matmul_flops_per_s / 1e12, 3),
+            "memory_gb_per_s": round(self.memory_bytes_per_s / 1e9, 1),
+        }
 
 
 def describe() -> dict[str, str | int]:
@@ -29,10 +53,10 @@ def matmul_flops_per_s(dtype: DType, size: int = 2048) -> float:
     return 2 * size**3 / best_s(lambda: a @ a, repeats=8)
 
 
-def memory_bytes_per_s(size_bytes: int = 1 << 30) -> float:
-    """Bytes a second read from memory by a sum over an array much larger than the caches, best of several."""
-    data = torch.ones(size_bytes // 4)
-    return size_bytes / best_s(lambda: data.sum(), repeats=8)
+def memory_bytes_per_s(size_bytes: int) -> float:
+    """Bytes a second read by a sum over an array of so many bytes, 1 GiB at most, best of several."""
+    data = torch.ones(min(size_bytes, 1 << 30) // 4)
+    return data.nbytes / best_s(lambda: data.sum(), repeats=8)
 
 
 def best_s(function: Callable[[], object], repeats: int) -> float:

@@ -1,45 +1,116 @@
-"""The engine's workload in benchmarks, and the figures that come of it."""
+"""What every engine is made to do, ours and its peers', and the figures that come of it."""
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
 
-from perigee.workers.engine.engine import Engine
-from perigee.workers.engine.sequence import Ref, Sampling
-from perigee.workers.engine.sequence import Sequence as EngineSequence
+from perigee.kvstore.blocks import DType
+
+Time = TypeVar("Time")
 
 # Streams decode behind a short prompt, so that reading the weights is what is measured.
 DECODE_PROMPT_TOKENS = 64
-DECODE_TOKENS = 64
+# A run that took longer than this is not repeated within a round: nothing that happens once matters to it.
+REPEAT_BELOW_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What to measure: prompt lengths in tokens, and numbers of streams that decode together."""
+
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+
+    def within(self, max_context: int) -> "Sizes":
+        """Those for which prompt and output fit into the context."""
+        decode = tuple(n for n in self.decode if DECODE_PROMPT_TOKENS + decode_tokens(n) <= max_context)
+        return Sizes(tuple(n for n in self.prefill if n < max_context), decode)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KVCache at most, if each sequence fills whole blocks of up to 64."""
+        streams = [n * (DECODE_PROMPT_TOKENS + decode_tokens(n) + 64) for n in self.decode]
+        return max((*(n + 1 + 64 for n in self.prefill), *streams))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is measured, and how: the same for everyone."""
+
+    directory: Path
+    dtype: DType
+    threads: int
+    sizes: Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTime:
+    """Seconds until every stream had its first token, and from there to the last; how many tokens came then."""
+
+    prompts_s: float
+    rest_s: float
+    rest_tokens: int
+
+    @property
+    def total_s(self) -> float:
+        return self.prompts_s + self.rest_s
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Tokens a second: prefill by prompt length, decode (of all streams together) by number of streams."""
+    """Tokens a second: prefill by prompt length, decode (of all streams together) by number of streams.
 
-    prefill: dict[int, float]
-    decode: dict[int, float]
+    `decode` leaves the prompts out; `decode_with_prompts` counts their time, as measurements from outside an engine do.
+    """
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "prefill_tokens_per_s": {str(size): round(rate, 1) for size, rate in self.prefill.items()},
-            "decode_tokens_per_s": {str(size): round(rate, 1) for size, rate in self.decode.items()},
-        }
+    prefill: Mapping[int, float]
+    decode: Mapping[int, float]
+    decode_with_prompts: Mapping[int, float]
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Figures":
-        prefill = {int(size): float(rate) for size, rate in data["prefill_tokens_per_s"].items()}
-        decode = {int(size): float(rate) for size, rate in data["decode_tokens_per_s"].items()}
-        return cls(prefill, decode)
+    def of_times(cls, prefill_s: Mapping[int, float], decode: Mapping[int, DecodeTime]) -> "Figures":
+        return cls(
+            {n: n / seconds for n, seconds in prefill_s.items()},
+            {n: time.rest_tokens / time.rest_s for n, time in decode.items()},
+            {n: n * decode_tokens(n) / time.total_s for n, time in decode.items()},
+        )
+
+    @classmethod
+    def of_phases(cls, rates: Callable[[str], Mapping[int, float]]) -> "Figures":
+        """What `rates` says for the name of each field."""
+        return cls(*map(rates, PHASES))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, float]]) -> "Figures":
+        return cls.of_phases(lambda phase: {int(n): float(rate) for n, rate in data[json_key(phase)].items()})
+
+    def phase(self, name: str) -> Mapping[int, float]:
+        """The field of this name."""
+        rates: Mapping[int, float] = getattr(self, name)
+        return rates
+
+    def as_json(self, digits: int = 1) -> dict[str, dict[str, float]]:
+        return {
+            json_key(phase): {str(n): round(rate, digits) for n, rate in self.phase(phase).items()} for phase in PHASES
+        }
 
 
-def best(figures: Sequence[Figures]) -> Figures:
+PHASES = tuple(field.name for field in fields(Figures))
+
+
+def json_key(phase: str) -> str:
+    return f"{phase}_tokens_per_s"
+
+
+def decode_tokens(streams: int) -> int:
+    """Output tokens of each stream: fewer where there are many, which take long."""
+    return 128 if streams <= 8 else 64
+
+
+def best(runs: Sequence[Figures]) -> Figures:
     """The best of several runs, size by size."""
-    return Figures(
-        {size: max(f.prefill[size] for f in figures) for size in figures[0].prefill},
-        {size: max(f.decode[size] for f in figures) for size in figures[0].decode},
-    )
+    return Figures.of_phases(lambda phase: _best([run.phase(phase) for run in runs]))
 
 
 def prompt(length: int, vocab_size: int, salt: int = 0) -> list[int]:
@@ -47,61 +118,23 @@ def prompt(length: int, vocab_size: int, salt: int = 0) -> list[int]:
     return [(7919 * (i + 1) + 104729 * salt) % (vocab_size - 100) + 50 for i in range(length)]
 
 
-def measure_engine(engine: Engine, prefill: Iterable[int], decode: Iterable[int]) -> Figures:
-    """Runs the engine's own steps, nothing cached. Decode leaves the prompts' steps out of the time."""
-    vocab_size = engine.runner.model.config.vocab_size
-    return measure(
-        prefill,
-        decode,
-        lambda length: _prefill_s(engine, prompt(length, vocab_size)),
-        lambda streams: _decode_s(engine, streams, vocab_size),
-    )
+def measure(sizes: Sizes, prefill_s: Callable[[int], float], decode_time: Callable[[int], DecodeTime]) -> Figures:
+    """One round: each size twice unless it takes long, the better counts, so that nobody pays for first uses."""
+    prefill = {n: min(_runs(prefill_s, n, float)) for n in sizes.prefill}
+    decode = {n: min(_runs(decode_time, n, _total_s), key=_total_s) for n in sizes.decode}
+    return Figures.of_times(prefill, decode)
 
 
-def measure(
-    prefill: Iterable[int], decode: Iterable[int], prefill_s: Callable[[int], float], decode_s: Callable[[int], float]
-) -> Figures:
-    """One round: each size twice, the better counts, so that nobody pays for first uses."""
-    return Figures(
-        {n: n / min(prefill_s(n), prefill_s(n)) for n in prefill},
-        {n: n * (DECODE_TOKENS - 1) / min(decode_s(n), decode_s(n)) for n in decode},
-    )
+def _runs(run: Callable[[int], Time], size: int, seconds: Callable[[Time], float]) -> Iterable[Time]:
+    first = run(size)
+    yield first
+    if seconds(first) < REPEAT_BELOW_S:
+        yield run(size)
 
 
-def _prefill_s(engine: Engine, token_ids: list[int]) -> float:
-    _start(engine, [token_ids], max_tokens=1)
-    started = time.perf_counter()
-    _finish(engine)
-    elapsed_s = time.perf_counter() - started
-    _clear(engine)
-    return elapsed_s
+def _total_s(time: DecodeTime) -> float:
+    return time.total_s
 
 
-def _decode_s(engine: Engine, streams: int, vocab_size: int) -> float:
-    _start(engine, [prompt(DECODE_PROMPT_TOKENS, vocab_size, salt) for salt in range(streams)], DECODE_TOKENS)
-    while any(active.num_outputs == 0 for active in engine.batcher.active.values()):
-        engine.step()
-    started = time.perf_counter()
-    _finish(engine)
-    elapsed_s = time.perf_counter() - started
-    _clear(engine)
-    return elapsed_s
-
-
-def _start(engine: Engine, prompts: list[list[int]], max_tokens: int) -> None:
-    sampling = Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    for index, token_ids in enumerate(prompts):
-        sequence = EngineSequence(Ref(str(index)), tuple(token_ids), len(token_ids), (), sampling)
-        engine.batcher.add(sequence, one_token=False)
-    for active in engine.batcher.admit():
-        engine.ready(active, 0)
-
-
-def _finish(engine: Engine) -> None:
-    while engine.step():
-        pass
-
-
-def _clear(engine: Engine) -> None:
-    for ref in list(engine.batcher.active):
-        engine.batcher.remove(ref)
+def _best(rates: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    return {size: max(run[size] for run in rates) for size in rates[0]}

@@ -16,6 +16,7 @@ BlockKey = NewType("BlockKey", bytes)
 
 KEY_BYTES = 32
 NO_SALT = bytes(KEY_BYTES)
+NO_PARENT = BlockKey(bytes(KEY_BYTES))  # of a block whose predecessor nobody named
 LAYOUT_VERSION = 1
 
 DType = Literal["float32", "bfloat16"]

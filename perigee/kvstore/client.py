@@ -18,13 +18,14 @@ from google.protobuf.message import DecodeError
 
 from perigee.kvstore import sockets
 from perigee.kvstore import store_pb2 as pb
-from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.dram import Arena, Mapping
 from perigee.kvstore.errors import (
     BlocksMissing,
     InvalidRequest,
     MalformedFrame,
     NoRoom,
+    QuotaExceeded,
     StoreClosed,
     StoreError,
     TooLarge,
@@ -41,6 +42,7 @@ __all__ = [
     "LeaseGroup",
     "LeasedBlock",
     "NoRoom",
+    "QuotaExceeded",
     "Reservation",
     "StoreClient",
     "StoreClosed",
@@ -96,9 +98,21 @@ class StoreClient:
         return self._arena.payload(slot)
 
     async def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which of `keys` are committed on the node. Extends nothing."""
+        """Which of `keys` are committed on the node, in any tier. Extends nothing."""
         reply = await self._connection.call(pb.LocalRequest(lookup=pb.Lookup(keys=keys)))
         return list(reply.found.committed)
+
+    async def pin(self, tenant: str, keys: Sequence[BlockKey], ttl_s: float) -> list[bool]:
+        """Keeps those of `keys` that are in the arena there for `ttl_s` seconds, whoever leases them; says which.
+
+        Raises QuotaExceeded, with nothing changed, if the tenant may not pin that many.
+        """
+        reply = await self._connection.call(pb.LocalRequest(pin=pb.Pin(tenant=tenant, keys=keys, ttl_s=ttl_s)))
+        return list(reply.pinned.pinned)
+
+    async def unpin(self, tenant: str, keys: Sequence[BlockKey]) -> None:
+        """Ends the tenant's pins on `keys`."""
+        await self._connection.call(pb.LocalRequest(unpin=pb.Unpin(tenant=tenant, keys=keys)))
 
     async def wait_closed(self) -> None:
         """Returns when the connection is lost or closed."""
@@ -125,6 +139,7 @@ class LeaseGroup:
     async def acquire(self, keys: Sequence[BlockKey], parent: BlockKey, wait_s: float) -> Acquired:
         """Leases the longest committed prefix of `keys` and reserves a slot for each key after it: all or nothing.
 
+        What of the prefix is on the node's SSD is loaded first.
         `parent` is the key before `keys[0]`, the namespace for a whole prompt. Raises NoRoom if there was none within
         `wait_s` seconds, TooLarge if there never can be.
         """
@@ -133,13 +148,15 @@ class LeaseGroup:
         return acquired_from_pb(reply.acquired)
 
     async def fetch(
-        self, keys: Sequence[BlockKey], wait_s: float, source: str = ""
+        self, keys: Sequence[BlockKey], wait_s: float, source: str = "", parent: BlockKey = NO_PARENT
     ) -> AsyncGenerator[tuple[LeasedBlock, ...], None]:
         """Leases every key, in batches as they are committed. `source` is the node to pull from what is not here.
 
+        `parent` is the key before `keys[0]`.
+
         Raises BlocksMissing at the end if some did not come within `wait_s` seconds; those that came stay leased.
         """
-        fetch = pb.Fetch(keys=keys, wait_ms=_milliseconds(wait_s), source=source)
+        fetch = pb.Fetch(keys=keys, wait_ms=_milliseconds(wait_s), source=source, parent=parent)
         async for reply in self._connection.stream(self._request(fetch=fetch)):
             if reply.fetched.blocks:
                 yield blocks_from_pb(reply.fetched.blocks)

@@ -1,43 +1,54 @@
 """Who is in the cluster: the directory's state, its gRPC service, and how a member stays in it.
 
 The directory in memory belongs to one process, which hosts it beside its other services. A member is in it for as long
-as its stream is open, so whoever dies leaves at once; when the directory itself restarts, its members come back.
+as its stream is open, so whoever dies leaves at once; when the directory itself restarts, its members come back. A
+target of the form redis://… stands for the directory of a cluster, which `redis_directory` keeps.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import aclosing
+from typing import Protocol
 
 import grpc
 
 from perigee.kvstore import directory_pb2 as pb
 from perigee.kvstore import directory_pb2_grpc as rpc
+from perigee.kvstore import redis_directory
+from perigee.kvstore.access import OPEN, Access
+from perigee.kvstore.addresses import is_redis
+from perigee.kvstore.members import Kind, Member
+
+__all__ = [
+    "Directory",
+    "InMemoryDirectory",
+    "Kind",
+    "Member",
+    "WatchedDirectory",
+    "member_from_pb",
+    "member_to_pb",
+    "stay_joined",
+    "watch",
+]
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["store", "worker"]
 _KIND_TO_PB: dict[Kind, pb.Member.Kind.ValueType] = {"store": pb.Member.STORE, "worker": pb.Member.WORKER}
 _KIND_FROM_PB: dict[int, Kind] = {number: kind for kind, number in _KIND_TO_PB.items()}
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A process of the cluster. `incarnation` is new at each start of it, `address` its gRPC target.
+class Directory(Protocol):
+    """A directory as one sees it who follows the cluster."""
 
-    `store` is, of a worker, the id of the store node on its host.
-    """
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The members as last heard of, sorted by id."""
 
-    id: str
-    incarnation: str
-    kind: Kind
-    address: str
-    pid: int
-    host: str
-    store: str = ""
+    def watch(self) -> AsyncGenerator[tuple[Member, ...], None]:
+        """The members now, and again after changes; changes that follow each other quickly come as one."""
 
 
 class InMemoryDirectory(rpc.DirectoryServicer):
@@ -102,11 +113,46 @@ class InMemoryDirectory(rpc.DirectoryServicer):
         self._changed = asyncio.Event()
 
 
-async def stay_joined(target: str, member: Member) -> None:
+class WatchedDirectory:
+    """A directory that is elsewhere. Its `members` are those that `watch`, which has to run, told last."""
+
+    def __init__(self, target: str, access: Access) -> None:
+        self._target = target
+        self._access = access
+        self._members: tuple[Member, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self._members
+
+    async def watch(self) -> AsyncGenerator[tuple[Member, ...], None]:
+        async with aclosing(watch(self._target, self._access)) as changes:
+            async for self._members in changes:
+                yield self._members
+
+
+async def stay_joined(target: str, member: Member, access: Access = OPEN) -> None:
     """Keeps `member` in the directory at `target` until cancelled, through restarts of the directory."""
+    if is_redis(target):
+        await redis_directory.stay_joined(target, member, access.directory_password)
+    else:
+        await _stay_joined(target, member, access)
+
+
+def watch(target: str, access: Access = OPEN) -> AsyncGenerator[tuple[Member, ...], None]:
+    """The members in the directory at `target`, and again after each change, through restarts of the directory.
+
+    While the directory is away nothing comes. One over gRPC starts empty when it is back, and fills again.
+    """
+    if is_redis(target):
+        return redis_directory.watch(target, access.directory_password)
+    return _watch(target, access)
+
+
+async def _stay_joined(target: str, member: Member, access: Access) -> None:
     backoff_s = _FIRST_BACKOFF_S
     while True:
-        async with _channel(target) as channel:
+        async with _channel(target, access) as channel:
             call = rpc.DirectoryStub(channel).Join()
             try:
                 await call.write(member_to_pb(member))
@@ -119,14 +165,10 @@ async def stay_joined(target: str, member: Member) -> None:
         backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
 
 
-async def watch(target: str) -> AsyncGenerator[tuple[Member, ...], None]:
-    """The members in the directory at `target`, and again after each change, through restarts of the directory.
-
-    While the directory is away nothing comes; when it is back it starts empty and fills again.
-    """
+async def _watch(target: str, access: Access) -> AsyncGenerator[tuple[Member, ...], None]:
     backoff_s = _FIRST_BACKOFF_S
     while True:
-        async with _channel(target) as channel:
+        async with _channel(target, access) as channel:
             try:
                 async for message in rpc.DirectoryStub(channel).Watch(pb.WatchMembersRequest()):
                     backoff_s = _FIRST_BACKOFF_S
@@ -146,14 +188,23 @@ def member_to_pb(member: Member) -> pb.Member:
         pid=member.pid,
         host=member.host,
         store=member.store,
+        transfer_address=member.transfer_address,
     )
 
 
 def member_from_pb(member: pb.Member) -> Member:
-    kind = _KIND_FROM_PB[member.kind]
-    return Member(member.id, member.incarnation, kind, member.address, member.pid, member.host, member.store)
+    return Member(
+        id=member.id,
+        incarnation=member.incarnation,
+        kind=_KIND_FROM_PB[member.kind],
+        address=member.address,
+        pid=member.pid,
+        host=member.host,
+        store=member.store,
+        transfer_address=member.transfer_address,
+    )
 
 
-def _channel(target: str) -> grpc.aio.Channel:
+def _channel(target: str, access: Access) -> grpc.aio.Channel:
     # Channels to one target otherwise share a connection, and with it gRPC's own, slower backoff.
-    return grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+    return access.channel(target, [("grpc.use_local_subchannel_pool", 1)])

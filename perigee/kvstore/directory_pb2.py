@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fperigee/kvstore/directory.proto\x12\x0fperigee.kvstore\"\xaf\x01\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.perigee.kvstore.Member.Kind\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\r\n\x05store\x18\x07 \x01(\t\"\x1d\n\x04Kind\x12\t\n\x05STORE\x10\x00\x12\n\n\x06WORKER\x10\x01\"\x08\n\x06Joined\"\x15\n\x13WatchMembersRequest\"3\n\x07Members\x12(\n\x07members\x18\x01 \x03(\x0b\x32\x17.perigee.kvstore.Member2\x94\x01\n\tDirectory\x12<\n\x04Join\x12\x17.perigee.kvstore.Member\x1a\x17.perigee.kvstore.Joined(\x01\x30\x01\x12I\n\x05Watch\x12$.perigee.kvstore.WatchMembersRequest\x1a\x18.perigee.kvstore.Members0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fperigee/kvstore/directory.proto\x12\x0fperigee.kvstore\"\xc9\x01\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.perigee.kvstore.Member.Kind\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\r\n\x05store\x18\x07 \x01(\t\x12\x18\n\x10transfer_address\x18\x08 \x01(\t\"\x1d\n\x04Kind\x12\t\n\x05STORE\x10\x00\x12\n\n\x06WORKER\x10\x01\"\x08\n\x06Joined\"\x15\n\x13WatchMembersRequest\"3\n\x07Members\x12(\n\x07members\x18\x01 \x03(\x0b\x32\x17.perigee.kvstore.Member2\x94\x01\n\tDirectory\x12<\n\x04Join\x12\x17.perigee.kvstore.Member\x1a\x17.perigee.kvstore.Joined(\x01\x30\x01\x12I\n\x05Watch\x12$.perigee.kvstore.WatchMembersRequest\x1a\x18.perigee.kvstore.Members0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perigee.kvstore.directory_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MEMBER']._serialized_start=53
-  _globals['_MEMBER']._serialized_end=228
-  _globals['_MEMBER_KIND']._serialized_start=199
-  _globals['_MEMBER_KIND']._serialized_end=228
-  _globals['_JOINED']._serialized_start=230
-  _globals['_JOINED']._serialized_end=238
-  _globals['_WATCHMEMBERSREQUEST']._serialized_start=240
-  _globals['_WATCHMEMBERSREQUEST']._serialized_end=261
-  _globals['_MEMBERS']._serialized_start=263
-  _globals['_MEMBERS']._serialized_end=314
-  _globals['_DIRECTORY']._serialized_start=317
-  _globals['_DIRECTORY']._serialized_end=465
+  _globals['_MEMBER']._serialized_end=254
+  _globals['_MEMBER_KIND']._serialized_start=225
+  _globals['_MEMBER_KIND']._serialized_end=254
+  _globals['_JOINED']._serialized_start=256
+  _globals['_JOINED']._serialized_end=264
+  _globals['_WATCHMEMBERSREQUEST']._serialized_start=266
+  _globals['_WATCHMEMBERSREQUEST']._serialized_end=287
+  _globals['_MEMBERS']._serialized_start=289
+  _globals['_MEMBERS']._serialized_end=340
+  _globals['_DIRECTORY']._serialized_start=343
+  _globals['_DIRECTORY']._serialized_end=491
 # @@protoc_insertion_point(module_scope)

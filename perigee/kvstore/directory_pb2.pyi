@@ -45,6 +45,7 @@ class Member(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    TRANSFER_ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     incarnation: _builtins.str
     """new at each start of the process"""
@@ -55,6 +56,8 @@ class Member(_message.Message):
     host: _builtins.str
     store: _builtins.str
     """of a worker: the store node on its host"""
+    transfer_address: _builtins.str
+    """of a store node: where other nodes pull its blocks"""
     def __init__(
         self,
         *,
@@ -65,10 +68,11 @@ class Member(_message.Message):
         pid: _builtins.int = ...,
         host: _builtins.str = ...,
         store: _builtins.str = ...,
+        transfer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host", b"host", "id", b"id", "incarnation", b"incarnation", "kind", b"kind", "pid", b"pid", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host", b"host", "id", b"id", "incarnation", b"incarnation", "kind", b"kind", "pid", b"pid", "store", b"store", "transfer_address", b"transfer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

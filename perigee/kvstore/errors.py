@@ -19,6 +19,10 @@ class InvalidRequest(StoreError):
     """The request itself is wrong."""
 
 
+class QuotaExceeded(StoreError):
+    """The tenant may not pin that many blocks."""
+
+
 class BlocksMissing(StoreError):
     """Some of the fetched blocks did not come in time. `indices` are theirs in the request's keys."""
 
@@ -33,3 +37,11 @@ class StoreClosed(StoreError):
 
 class MalformedFrame(StoreError):
     """Bytes on the local socket that are no message of its protocol. The connection that sent them is closed."""
+
+
+class CorruptRecord(StoreError):
+    """A record on SSD is not what it should be. It is a miss; the others are not in doubt."""
+
+
+class TierFailed(StoreError):
+    """The SSD tier cannot go on: the disk is full, read-only, missing, in use or broken. Serving goes on without it."""

@@ -3,9 +3,12 @@
 A slot is free, reserved (one group may write it) or holds a committed block. A committed block is *pinned* while a
 group leases it or a resident descendant of it is pinned: descendants go first, so it could not be evicted then. All
 other blocks can be, one after the other, which makes `room` exact and a reservation of many slots all or nothing.
+
+The store's own I/O holds blocks and slots as a worker's requests do, in groups of the connection `NODE`.
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,9 +26,13 @@ class GroupId(NamedTuple):
     group: int
 
 
+NODE = 0
+"""The connection of what the node itself holds: slots that blocks are read into, blocks being written, pins."""
+
+
 @dataclass(slots=True)
 class Block:
-    """A committed block. `leases` counts the groups that hold it."""
+    """A committed block. `leases` counts the groups that hold it, `uses` how often one came to."""
 
     key: BlockKey
     parent: BlockKey
@@ -33,6 +40,14 @@ class Block:
     num_tokens: int
     origin: int
     leases: int = 0
+    uses: int = 0
+
+
+class Coming(NamedTuple):
+    """The first `prefix` keys of an acquire are here or on their way, and `spare` slots must be left for the latter."""
+
+    prefix: int
+    spare: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,7 @@ class _Reserved:
     key: BlockKey
     parent: BlockKey
     nonce: int
+    deadline: float
 
 
 @dataclass(slots=True)
@@ -51,16 +67,21 @@ class _Group:
 class BlockIndex:
     """The blocks of an arena of `num_slots` slots, each block of at most `block_tokens` tokens.
 
-    Everything here is owned and filled by the index alone. `now` is any clock that never goes back.
+    A reservation may be committed for `reservation_s` seconds. Everything here is owned and filled by the index alone.
+    `now` is any clock that never goes back.
     """
 
-    def __init__(self, num_slots: int, block_tokens: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, num_slots: int, block_tokens: int, policy: EvictionPolicy, reservation_s: float = math.inf
+    ) -> None:
         self.num_slots = num_slots
         self.num_leased = 0  # blocks with at least one lease
         self.num_reserved = 0
         self.stored_total = 0
         self.evicted_total = 0
+        self.fenced_total = 0  # commits refused because they came too late
         self._block_tokens = block_tokens
+        self._reservation_s = reservation_s
         self._policy = policy
         self._blocks: dict[BlockKey, Block] = {}
         self._groups: dict[GroupId, _Group] = {}
@@ -71,6 +92,7 @@ class BlockIndex:
         self._children: dict[BlockKey, int] = {}
         self._pinned_children: dict[BlockKey, int] = {}
         self._num_pinned = 0
+        self._leaving: dict[BlockKey, tuple[Block, GroupId]] = {}  # being written elsewhere, and by what group
 
     # ---- what is here --------------------------------------------------------------------------------------------
 
@@ -96,9 +118,17 @@ class BlockIndex:
         return len(self._free) + len(self._blocks) - self._num_pinned
 
     def orphaned(self, living: Collection[int]) -> int:
-        """Leases and reservations of connections that are not among `living`."""
-        gone = (group for group_id, group in self._groups.items() if group_id.connection not in living)
+        """Leases and reservations of connections that are not among `living`. The node's own have an owner."""
+        gone = (
+            group
+            for group_id, group in self._groups.items()
+            if group_id.connection != NODE and group_id.connection not in living
+        )
         return sum(len(group.leases) + len(group.reserved) for group in gone)
+
+    def block(self, key: BlockKey) -> Block | None:
+        """The committed block of this key, which is the index's own."""
+        return self._blocks.get(key)
 
     def groups_of(self, connection: int) -> list[GroupId]:
         return [group_id for group_id in self._groups if group_id.connection == connection]
@@ -110,22 +140,41 @@ class BlockIndex:
 
     # ---- leases and reservations ---------------------------------------------------------------------------------
 
-    def acquire(self, group_id: GroupId, keys: Sequence[BlockKey], parent: BlockKey, now: float) -> Acquired | None:
+    def acquire(
+        self, group_id: GroupId, keys: Sequence[BlockKey], parent: BlockKey, now: float, coming: Coming | None = None
+    ) -> Acquired | None:
         """Leases the longest committed prefix of `keys`, which follow `parent`, and reserves a slot for each key after.
 
-        None, with nothing changed, when there is no room now.
+        With `coming`, some blocks of the prefix are on their way into the arena. None, with nothing changed, when
+        there is no room now.
         """
         group = self._groups.setdefault(group_id, _Group())
-        hits = self._committed_prefix(keys)
-        added = [block for block in hits if self._lease(group, block)]
-        if len(keys) - len(hits) > self.room:
+        hits = self._committed(keys[: coming.prefix] if coming else keys[: self.prefix(keys)])
+        prefix, spare = coming or Coming(len(hits), 0)
+        added = [block for _, block in hits if self._lease(group, block)]
+        if len(keys) - prefix + spare > self.room:
             for block in added:
                 self._unlease(group, block)
             return None
-        for block in hits:
-            self._policy.use(block.key, now)
-        leased = tuple(_leased(index, block) for index, block in enumerate(hits))
-        return Acquired(leased, self._reserve(group, keys, parent, len(hits)))
+        for _, block in hits:
+            self._use(block.key, now)
+        leased = tuple(_leased(index, block) for index, block in hits)
+        return Acquired(leased, self._reserve(group, keys, parent, prefix, now + self._reservation_s))
+
+    def reserve(self, group_id: GroupId, key: BlockKey, parent: BlockKey) -> Reservation:
+        """A slot for the node itself to fill, whenever it may. There must be room for it."""
+        group = self._groups.setdefault(group_id, _Group())
+        (reservation,) = self._reserve(group, [key], parent, 0, math.inf)
+        return reservation
+
+    def merge(self, source_id: GroupId, target_id: GroupId) -> None:
+        """All that one group holds is the other's from here on."""
+        source = self._groups.pop(source_id)
+        target = self._groups.setdefault(target_id, _Group())
+        for key in source.leases & target.leases:
+            self._unlease(source, self._blocks[key])
+        target.leases |= source.leases
+        target.reserved |= source.reserved
 
     def lease(self, group_id: GroupId, wanted: Iterable[tuple[int, BlockKey]], now: float) -> list[LeasedBlock]:
         """Leases those of `wanted`, pairs of index and key, that are committed."""
@@ -134,7 +183,7 @@ class BlockIndex:
         for index, key in wanted:
             if block := self._blocks.get(key):
                 self._lease(group, block)
-                self._policy.use(key, now)
+                self._use(key, now)
                 leased.append(_leased(index, block))
         return leased
 
@@ -142,10 +191,11 @@ class BlockIndex:
         """Makes reserved slots readable, all or none; answers with the keys that are committed for the first time.
 
         Of several reservations of one key the first commit wins: the slot of a later one becomes free, and its group
-        gets a lease on the winner's block instead. Raises InvalidRequest if one of them is not the group's to commit.
+        gets a lease on the winner's block instead. Raises InvalidRequest if one of them is not the group's to commit,
+        or not any more: its slot stays the group's, for who knows what still writes there, until it is released.
         """
         group = self._groups.get(group_id, _Group())
-        self._check_commit(group, blocks)
+        self._check_commit(group, blocks, now)
         return [key for block in blocks if (key := self._commit(group, block, now))]
 
     def release(self, group_id: GroupId) -> None:
@@ -158,32 +208,36 @@ class BlockIndex:
         self.num_reserved -= len(group.reserved)
         self._free.extend(group.reserved)
 
-    def _committed_prefix(self, keys: Sequence[BlockKey]) -> list[Block]:
-        hits = []
-        for key in keys:
-            block = self._blocks.get(key)
-            if block is None:
-                break
-            hits.append(block)
-        return hits
+    def prefix(self, keys: Sequence[BlockKey]) -> int:
+        """How many of `keys`, from the first one on, are committed."""
+        for index, key in enumerate(keys):
+            if key not in self._blocks:
+                return index
+        return len(keys)
+
+    def _committed(self, keys: Sequence[BlockKey]) -> list[tuple[int, Block]]:
+        return [(index, block) for index, key in enumerate(keys) if (block := self._blocks.get(key))]
 
     def _reserve(
-        self, group: _Group, keys: Sequence[BlockKey], parent: BlockKey, first: int
+        self, group: _Group, keys: Sequence[BlockKey], parent: BlockKey, first: int, deadline: float
     ) -> tuple[Reservation, ...]:
         """Reserves `keys[first:]`. There is room for them."""
         reserved = []
         for index in range(first, len(keys)):
             slot, nonce = self._take_slot(), next(self._nonces)
-            group.reserved[slot] = _Reserved(keys[index], keys[index - 1] if index else parent, nonce)
+            group.reserved[slot] = _Reserved(keys[index], keys[index - 1] if index else parent, nonce, deadline)
             reserved.append(Reservation(index, slot, nonce))
         self.num_reserved += len(reserved)
         return tuple(reserved)
 
-    def _check_commit(self, group: _Group, blocks: Sequence[CommittedBlock]) -> None:
+    def _check_commit(self, group: _Group, blocks: Sequence[CommittedBlock], now: float) -> None:
         for block in blocks:
             reserved = group.reserved.get(block.slot)
             if reserved is None or reserved.nonce != block.nonce:
                 raise InvalidRequest(f"slot {block.slot}, nonce {block.nonce}: not a reservation of this group")
+            if reserved.deadline < now:
+                self.fenced_total += 1
+                raise InvalidRequest(f"slot {block.slot}: its reservation ended after {self._reservation_s} s")
             if not 1 <= block.num_tokens <= self._block_tokens:
                 raise InvalidRequest(f"num_tokens: {block.num_tokens}; allowed are 1 to {self._block_tokens}")
             if block.origin not in (PREFILL, DECODE):
@@ -202,7 +256,7 @@ class BlockIndex:
         block = Block(reserved.key, reserved.parent, committed.slot, committed.num_tokens, committed.origin)
         self._insert(block)
         self._lease(group, block)
-        self._policy.use(block.key, now)
+        self._use(block.key, now)
         return block.key
 
     # ---- residency -----------------------------------------------------------------------------------------------
@@ -214,23 +268,69 @@ class BlockIndex:
         if block.key in self._pinned_children:
             self._pin(block)
         self.stored_total += 1
-        self._events.append(BlockEvent(True, block.key))
+        if block.key not in self._leaving:
+            self._events.append(BlockEvent(True, block.key))
+
+    def victim(self) -> Block | None:
+        """The block to give up next, if any may go. The caller passes it to `evict` or `leave` at once."""
+        key = self._policy.pop()
+        return self._blocks[key] if key else None
+
+    def evict(self, block: Block) -> None:
+        """Gives up a victim."""
+        self._remove(block)
+        self._free.append(block.slot)
+        self._events.append(BlockEvent(False, block.key))
+
+    def leave(self, group_id: GroupId, block: Block) -> None:
+        """Gives up a victim whose slot is still read, and free when `left` says so. Until then `revive` is possible."""
+        self._remove(block)
+        self._leaving[block.key] = block, group_id
+
+    def left(self, group_id: GroupId, block: Block) -> None:
+        """Nobody reads the slot of a block that was to leave any more."""
+        if self._leaving.get(block.key, (None, None))[1] != group_id:
+            self.release(group_id)  # it was revived
+            return
+        del self._leaving[block.key]
+        self._free.append(block.slot)
+        if block.key not in self._blocks:
+            self._events.append(BlockEvent(False, block.key))
+
+    def revive(self, keys: Iterable[BlockKey], now: float) -> None:
+        """Keeps those of `keys` that were to leave, for somebody wants them. They cannot go before they have `left`."""
+        if not self._leaving:
+            return
+        for key in keys:
+            if key in self._leaving and key not in self._blocks:
+                block, group_id = self._leaving[key]
+                self._insert(block)
+                del self._leaving[key]
+                self._lease(self._groups.setdefault(group_id, _Group()), block)
+                self._use(key, now)
+
+    def leaving(self) -> Collection[BlockKey]:
+        """The keys of the blocks that can still be revived."""
+        return self._leaving.keys()
 
     def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        victim = self._policy.pop()
-        assert victim is not None, "room was counted before"
-        return self._evict(self._blocks[victim])
+        if not self._free:
+            victim = self.victim()
+            assert victim is not None, "room was counted before"
+            self.evict(victim)
+        return self._free.pop()
 
-    def _evict(self, block: Block) -> int:
-        """Forgets a block without lease or children, and returns its slot."""
+    def _use(self, key: BlockKey, now: float) -> None:
+        block = self._blocks[key]
+        block.uses += 1
+        self._policy.use(key, now, block.parent)
+
+    def _remove(self, block: Block) -> None:
+        """Forgets a block without lease or children."""
         del self._blocks[block.key]
         if _decrement(self._children, block.parent) == 0:
             self._allow_if_evictable(self._blocks.get(block.parent))
         self.evicted_total += 1
-        self._events.append(BlockEvent(False, block.key))
-        return block.slot
 
     def _allow_if_evictable(self, block: Block | None) -> None:
         if block and not block.leases and block.key not in self._children:

@@ -1,113 +1,119 @@
-"""One node's tiers behind acquire, fetch, commit, release and lookup.
+"""One node's tiers behind acquire, fetch, commit, release, pin and lookup.
 
-A synchronous core: requests and the current time go in, answers come out, and whoever calls does the I/O. Requests that
-cannot be answered yet wait here: acquires for room, first come first served; fetches for the commit of their keys.
+A synchronous core: requests, the ends of jobs and the current time go in, answers and jobs come out; whoever calls does
+the I/O and tells how it ended. What cannot be answered yet waits here: for room, first come first served; for blocks
+that are committed, or loaded from SSD, or pulled from another node. A block that comes serves all who wait for it, so
+no two jobs ever bring the same one.
 
-Today there is one tier, the DRAM arena. A tier below it comes in at two places: `BlockIndex._evict`, where a block
-leaves the arena, and `fetch`, where a key is not in it. Pulling from another node is a third answer to the latter.
+Doubt is never served: a block that could not be read or received is not there, and whoever wanted it goes on without.
 """
 
-import heapq
-import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from perigee.kvstore.blocks import KEY_BYTES, BlockKey
-from perigee.kvstore.dram import Arena
-from perigee.kvstore.errors import InvalidRequest, NoRoom, StoreError, TooLarge
+from perigee.kvstore.blocks import NO_PARENT, BlockKey
+from perigee.kvstore.errors import NoRoom, TooLarge
 from perigee.kvstore.evict import EvictionPolicy
-from perigee.kvstore.index import BlockIndex, GroupId
-from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched
-
-
-class Caller(NamedTuple):
-    """Whom an answer is for: a request of a group."""
-
-    group: GroupId
-    request: int
-
-
-class Answer(NamedTuple):
-    """What to tell a caller. After a `Fetched` that is not `done` more will follow."""
-
-    caller: Caller
-    result: Acquired | Fetched | StoreError
-
-
-@dataclass(slots=True, eq=False)
-class _Acquire:
-    caller: Caller
-    keys: Sequence[BlockKey]
-    parent: BlockKey
-
-
-@dataclass(slots=True, eq=False)
-class _Fetch:
-    caller: Caller
-    awaited: dict[BlockKey, int] = field(default_factory=dict)  # to its index
+from perigee.kvstore.index import BlockIndex, Coming, GroupId
+from perigee.kvstore.jobs import Job
+from perigee.kvstore.limits import StoreLimits, Totals
+from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
+from perigee.kvstore.moves import Moves
+from perigee.kvstore.pins import Pins
+from perigee.kvstore.records import Location, Record
+from perigee.kvstore.ssd_tier import SsdTier
+from perigee.kvstore.tiers import Tiers
+from perigee.kvstore.waiting import Acquire, Answer, Caller, Deadlines, Fetch, Fetches, check_keys, check_parent, joined
 
 
 class Store:
-    """The blocks of `arena`, each of at most `block_tokens` tokens. `now` is any clock in seconds that never goes back.
+    """Blocks of at most `block_tokens` tokens in `num_slots` slots, and in `ssd` if there is one. `now` is any clock in
+    seconds that never goes back.
 
     Methods raise InvalidRequest, with nothing changed, for a request that is wrong in itself.
     """
 
-    def __init__(self, arena: Arena, block_tokens: int, policy: EvictionPolicy) -> None:
-        self.arena = arena
+    def __init__(
+        self,
+        num_slots: int,
+        block_tokens: int,
+        policy: EvictionPolicy,
+        limits: StoreLimits | None = None,
+        ssd: SsdTier | None = None,
+    ) -> None:
+        self.limits = limits or StoreLimits.of(num_slots)
         self.block_tokens = block_tokens
-        self.index = BlockIndex(arena.num_slots, block_tokens, policy)
-        self.hit_blocks_total = 0  # of acquires, which is to say of prompts: leased ...
-        self.miss_blocks_total = 0  # ... and reserved
-        self._acquires: dict[_Acquire, None] = {}  # in order of arrival
-        self._fetches: dict[_Fetch, None] = {}
-        self._fetches_of: dict[BlockKey, list[_Fetch]] = {}
-        self._deadlines: list[tuple[float, int, _Acquire | _Fetch]] = []
-        self._tickets = itertools.count()
+        self.index = BlockIndex(num_slots, block_tokens, policy, self.limits.reservation_s)
+        self.ssd = ssd
+        self.moves = Moves(self.index)
+        self._tiers = Tiers(self.index, ssd, self.moves, self.limits)
+        self.pins = Pins(self.index, self.limits.pins)
+        self.totals = Totals()
+        self._for_room: dict[Acquire | Fetch, None] = {}  # in order of arrival
+        self._loading: dict[Acquire, None] = {}
+        self._fetches = Fetches()
+        self._deadlines = Deadlines(lambda request: request in self._for_room or request in self._fetches)
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def acquire(
         self, caller: Caller, keys: Sequence[BlockKey], parent: BlockKey, wait_s: float, now: float
     ) -> list[Answer]:
-        """Leases the longest committed prefix of `keys` and reserves a slot for each key after; or waits for room."""
-        _check_keys(keys)
-        _check_parent(parent, keys)
-        if len(keys) > self.index.num_slots:
-            message = f"{len(keys)} blocks; the arena has {self.index.num_slots} slots of {self.arena.slot_bytes} bytes"
-            return [Answer(caller, TooLarge(message))]
-        request = _Acquire(caller, keys, parent)
-        acquired = self._try_acquire(request, now)
-        if acquired:
-            return [Answer(caller, acquired)]
-        if wait_s <= 0:
-            return [Answer(caller, self._no_room(request))]
-        self._acquires[request] = None
-        self._set_deadline(request, now + wait_s)
-        return []
+        """Leases the longest prefix of `keys` that is here and reserves a slot for each key after; or waits for room.
 
-    def fetch(self, caller: Caller, keys: Sequence[BlockKey], wait_s: float, now: float) -> list[Answer]:
-        """Leases what is committed of `keys` now, and the others as they are."""
-        _check_keys(keys)
+        What of the prefix is on SSD is loaded first.
+        """
+        check_keys(keys)
+        check_parent(parent, keys)
+        if len(keys) > self.index.num_slots:
+            return [Answer(caller, self._too_large(len(keys)))]
+        self.index.revive(keys, now)
+        request = Acquire(caller, keys, parent, now + wait_s)
+        if self._must_queue(request) or (answers := self._try_acquire(request, now)) is None:
+            if wait_s <= 0:
+                return [Answer(caller, self._no_room(len(keys)))]
+            self._queue(request)
+            answers = []
+        return answers + self._settle(now)
+
+    def fetch(
+        self,
+        caller: Caller,
+        keys: Sequence[BlockKey],
+        wait_s: float,
+        now: float,
+        source: str = "",
+        parent: BlockKey = NO_PARENT,
+    ) -> list[Answer]:
+        """Leases what is committed of `keys` now, and the others as they come: from SSD, from the node `source` if one
+        is named, or by a commit here. Keys that are not committed follow each other, the first one `parent`.
+        """
+        check_keys(keys)
+        self.index.revive(keys, now)
         found = tuple(self.index.lease(caller.group, enumerate(keys), now))
         indices = {block.index for block in found}
         awaited = {key: index for index, key in enumerate(keys) if index not in indices}
-        if not awaited or wait_s <= 0:
-            return [Answer(caller, Fetched(found, done=True, missing=tuple(awaited.values())))]
-        self._await(_Fetch(caller, awaited), now + wait_s)
-        return [Answer(caller, Fetched(found))] if found else []
+        if not awaited:
+            return [Answer(caller, Fetched(found, done=True))]
+        request = Fetch(caller, keys, parent, source, now + wait_s, wait_s > 0, awaited)
+        self._fetches.add(request)
+        if self._tiers.slots_needed(request) > self.index.num_slots:
+            self._fetches.remove(request)
+            return [Answer(caller, self._too_large(len(awaited)))]
+        first = [Answer(caller, Fetched(found))] if found else []
+        return joined(first + self._begin_fetch(request, now)) + self._settle(now)
 
     def commit(self, group: GroupId, blocks: Sequence[CommittedBlock], now: float) -> list[Answer]:
         """Makes written slots readable. The answers are for others: those who waited for these blocks, or for room."""
         stored = self.index.commit(group, blocks, now)
-        return self._arrived(stored, now) + self._serve(now)
+        return self._arrived(stored, now) + self._settle(now)
 
     def release(self, group: GroupId, now: float) -> list[Answer]:
         """Ends all that the group has and waits for."""
-        answers = [self._give_up(request) for request in self._waiting() if request.caller.group == group]
+        ended = [request for request in self._waiting() if request.caller.group == group]
+        answers = [self._give_up(request) for request in ended]
         self.index.release(group)
-        return answers + self._serve(now)
+        return answers + self._settle(now)
 
     def disconnect(self, connection: int, now: float) -> list[Answer]:
         """Ends all that the connection has and waits for. None of the answers is for it."""
@@ -116,116 +122,278 @@ class Store:
                 self._give_up(request)
         for group in self.index.groups_of(connection):
             self.index.release(group)
-        return self._serve(now)
+        return self._settle(now)
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which of `keys` are committed here. Extends nothing."""
-        return self.index.lookup(keys)
+        """Which of `keys` are here, in whichever tier. Extends nothing."""
+        return self._tiers.lookup(keys)
+
+    def pin(self, tenant: str, keys: Sequence[BlockKey], ttl_s: float, now: float) -> list[bool]:
+        """Keeps those of `keys` that are in the arena there for `ttl_s` seconds; says which. Raises QuotaExceeded."""
+        check_keys(keys)
+        self.pins.expire(now)
+        self.index.revive(keys, now)
+        return self.pins.pin(tenant, keys, ttl_s, now)
+
+    def unpin(self, tenant: str, keys: Sequence[BlockKey], now: float) -> list[Answer]:
+        """Ends the tenant's pins on `keys`."""
+        self.pins.unpin(tenant, keys)
+        return self._settle(now)
+
+    # ---- what comes out besides answers ---------------------------------------------------------------------------
+
+    def take_jobs(self) -> list[Job]:
+        """What is to be done since the last call, in order."""
+        return self.moves.take_jobs()
+
+    def take_events(self) -> list[BlockEvent]:
+        """What changed since the last call, in order by tier."""
+        return self._tiers.take_events()
+
+    def snapshot(self) -> list[BlockEvent]:
+        """All that is here, as events."""
+        return self._tiers.snapshot()
+
+    # ---- ends of jobs --------------------------------------------------------------------------------------------
+
+    def loaded(self, job: int, record: Record | None, now: float) -> list[Answer]:
+        """A load ended: with the record that now lies in the slot, or None if there is no such record any more."""
+        key, location, came = self.moves.loaded(job, record, now)
+        if self.ssd is not None:
+            self.ssd.loaded(key, location, came)
+        if came:
+            self.totals.loaded_blocks += 1
+            answers = self._arrived([key], now, Tier.SSD)
+        else:
+            self.totals.failed_loads += 1
+            answers = self._did_not_come([key], lambda request: bool(request.source), now)
+        return answers + self._loads_ended(key, now) + self._settle(now)
+
+    def spilled(self, job: int, location: Location | None, now: float) -> list[Answer]:
+        """A spill ended: with where the block lies now, or None if it could not be written."""
+        key = self.moves.spilled(job)
+        if self.ssd is not None:
+            self.ssd.spilled(key, location)
+        self.totals.spilled_blocks += location is not None
+        return self._settle(now)
+
+    def dropped(self, segment: int, now: float) -> list[Answer]:
+        """The log has freed a segment."""
+        if self.ssd is not None:
+            self.ssd.dropped(segment)
+        return self._settle(now)
+
+    def pulled(self, job: int, place: int, num_tokens: int, origin: int, now: float) -> list[Answer]:
+        """A block that a pull was to bring lies whole in its slot."""
+        key, came = self.moves.pulled(job, place, num_tokens, origin, now)
+        if not came:
+            self.totals.failed_pulls += 1
+            return self._did_not_come([key], lambda _: False, now) + self._settle(now)
+        self.totals.pulled_blocks += 1
+        return self._arrived([key], now, remote=True) + self._settle(now)
+
+    def pull_ended(self, job: int, broken: bool, now: float) -> list[Answer]:
+        """A pull ended, and writes into no slot any more. What it did not bring is missing."""
+        pulling = self.moves.pull_ended(job)
+        self.totals.failed_pulls += len(pulling.expected)
+        return self._did_not_come(
+            pulling.keys, lambda request: pulling.may_repeat(request.source, request.deadline, broken), now
+        ) + self._settle(now)
+
+    def ssd_failed(self, now: float) -> list[Answer]:
+        """The SSD tier is off: what is only there is nowhere. Loads and spills under way still end."""
+        if self.ssd is not None:
+            self.ssd.switch_off()
+        return self._settle(now)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def next_deadline(self) -> float | None:
         """When `expire` must be called next."""
-        while self._deadlines and not self._is_waiting(self._deadlines[0][2]):
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return min((t for t in (self._deadlines.next(), self.pins.next_end()) if t is not None), default=None)
 
     def expire(self, now: float) -> list[Answer]:
-        """Gives up the requests whose time is over."""
+        """Gives up the requests whose time is over, and ends pins."""
         answers: list[Answer] = []
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
-            answers.append(self._give_up(heapq.heappop(self._deadlines)[2]))
-        return answers + self._serve(now) if answers else []
+        while request := self._deadlines.pop(now):
+            answers.append(self._give_up(request))
+        return answers + self._settle(now) if self.pins.expire(now) or answers else []
 
-    def _set_deadline(self, request: _Acquire | _Fetch, deadline: float) -> None:
-        heapq.heappush(self._deadlines, (deadline, next(self._tickets), request))
-
-    def _is_waiting(self, request: _Acquire | _Fetch) -> bool:
-        return request in self._acquires or request in self._fetches
-
-    def _give_up(self, request: _Acquire | _Fetch) -> Answer:
-        if isinstance(request, _Acquire):
-            del self._acquires[request]
-            return Answer(request.caller, self._no_room(request))
-        missing = tuple(request.awaited.values())
-        self._forget(request)
+    def _give_up(self, request: Acquire | Fetch) -> Answer:
+        """Ends a request that waits."""
+        self._for_room.pop(request, None)
+        if isinstance(request, Acquire):
+            self._loading.pop(request, None)
+            if request.hold:
+                self.index.release(request.hold)
+            return Answer(request.caller, self._no_room(len(request.keys)))
+        missing = tuple(sorted([*request.missing, *request.awaited.values()]))
+        self._leave(request)
         return Answer(request.caller, Fetched((), done=True, missing=missing))
 
-    def _waiting(self) -> list[_Acquire | _Fetch]:
-        return [*self._acquires, *self._fetches]
+    def _waiting(self) -> list[Acquire | Fetch]:
+        return list(dict.fromkeys([*self._for_room, *self._loading, *self._fetches.all()]))
 
     # ---- waiting for room ----------------------------------------------------------------------------------------
 
-    def _try_acquire(self, request: _Acquire, now: float) -> Acquired | None:
-        """None if there is no room, or others wait for it. What needs no slot never waits behind what does."""
-        others_wait = self._acquires and next(iter(self._acquires)) is not request
-        if others_wait and not all(self.index.lookup(request.keys)):
-            return None
-        acquired = self.index.acquire(request.caller.group, request.keys, request.parent, now)
-        if acquired:
-            self.hit_blocks_total += len(acquired.leased)
-            self.miss_blocks_total += len(acquired.reserved)
-        return acquired
+    def _queue(self, request: Acquire | Fetch) -> None:
+        self._for_room[request] = None
+        self._deadlines.add(request)
 
-    def _serve(self, now: float) -> list[Answer]:
-        """Answers waiting acquires, the oldest first, while there is room. Each gets the prefix that is here now."""
-        answers = []
-        while self._acquires:
-            request = next(iter(self._acquires))
-            acquired = self._try_acquire(request, now)
-            if acquired is None:
+    def _must_queue(self, request: Acquire | Fetch) -> bool:
+        """Whether others wait for room before it. What needs no slot never waits behind what does."""
+        others_wait = self._for_room and next(iter(self._for_room)) is not request
+        return bool(others_wait) and not all(self.index.lookup(request.keys))
+
+    def _settle(self, now: float) -> list[Answer]:
+        """At the end of everything: serves those who wait for room, oldest first, and makes some ahead of need."""
+        self.moves.settle()
+        answers: list[Answer] = []
+        while self._for_room:
+            request = next(iter(self._for_room))
+            served = self._try(request, now)
+            if served is None:
                 break
-            del self._acquires[request]
-            answers.append(Answer(request.caller, acquired))
+            del self._for_room[request]
+            answers += served
+        self._tiers.reclaim()
         return answers
 
-    def _no_room(self, request: _Acquire) -> NoRoom:
+    def _try(self, request: Acquire | Fetch, now: float) -> list[Answer] | None:
+        """None if there is no room for it."""
+        if isinstance(request, Acquire):
+            return self._try_acquire(request, now)
+        return [] if self._tiers.bring(request, now) else None
+
+    def _no_room(self, num_blocks: int) -> NoRoom:
         return NoRoom(
-            f"{len(request.keys)} blocks; {self.index.room} of {self.index.num_slots} slots are free or evictable, "
-            f"{len(self._acquires)} requests are waiting"
+            f"{num_blocks} blocks; {self.index.room} of {self.index.num_slots} slots are free or evictable, "
+            f"{len(self._for_room)} requests are waiting"
         )
 
-    # ---- waiting for blocks --------------------------------------------------------------------------------------
+    def _too_large(self, num_blocks: int) -> TooLarge:
+        return TooLarge(f"{num_blocks} blocks; the arena has {self.index.num_slots} slots")
 
-    def _await(self, request: _Fetch, deadline: float) -> None:
-        self._fetches[request] = None
-        for key in request.awaited:
-            self._fetches_of.setdefault(key, []).append(request)
-        self._set_deadline(request, deadline)
+    # ---- acquires ------------------------------------------------------------------------------------------------
 
-    def _forget(self, request: _Fetch) -> None:
-        del self._fetches[request]
-        for key in request.awaited:
-            waiting = self._fetches_of[key]
-            waiting.remove(request)
-            if not waiting:
-                del self._fetches_of[key]
+    def _try_acquire(self, request: Acquire, now: float) -> list[Answer] | None:
+        """Takes all that it needs, or nothing and says None."""
+        self.index.revive(request.keys, now)
+        below = self._tiers.to_load(request.keys)
+        if not below:
+            acquired = self.index.acquire(request.caller.group, request.keys, request.parent, now)
+            return None if acquired is None else [self._acquired(request, acquired)]
+        prefix = self._tiers.prefix(request.keys)
+        spare = sum(1 for key in below if not self.moves.is_loading(key))
+        hold = self.moves.new_group()
+        acquired = self.index.acquire(hold, request.keys, request.parent, now, Coming(prefix, spare))
+        if acquired is None:
+            self.index.release(hold)
+            return None
+        request.hold, request.reserved = hold, acquired.reserved
+        request.leased = {block.index: block for block in acquired.leased}
+        request.loading = below
+        self._loading[request] = None
+        for key in below:
+            self._tiers.load(key)
+        return []
 
-    def _arrived(self, keys: Iterable[BlockKey], now: float) -> list[Answer]:
-        """Leases blocks that were just committed for those who wait for them, one answer per fetch."""
-        came: dict[_Fetch, list[tuple[int, BlockKey]]] = {}
+    def _acquired(self, request: Acquire, acquired: Acquired) -> Answer:
+        self.totals.hit_blocks += len(acquired.leased)
+        self.totals.hit_ssd_blocks += sum(1 for block in acquired.leased if block.tier is Tier.SSD)
+        self.totals.miss_blocks += len(acquired.reserved)
+        return Answer(request.caller, acquired)
+
+    def _loads_ended(self, key: BlockKey, now: float) -> list[Answer]:
+        """What that means for the acquires that waited for it."""
+        answers = []
+        for request in [request for request in self._loading if key in request.loading]:
+            assert request.hold is not None
+            came = self.index.lease(request.hold, [(request.loading.pop(key), key)], now)
+            if not came:
+                self._start_again(request)
+            else:
+                request.leased |= {block.index: replace(block, tier=Tier.SSD) for block in came}
+                if not request.loading:
+                    answers.append(self._hand_over_hold(request))
+        return answers
+
+    def _hand_over_hold(self, request: Acquire) -> Answer:
+        assert request.hold is not None
+        del self._loading[request]
+        self.index.merge(request.hold, request.caller.group)
+        leased = tuple(request.leased[index] for index in sorted(request.leased))
+        return self._acquired(request, Acquired(leased, request.reserved))
+
+    def _start_again(self, request: Acquire) -> None:
+        """A block of its prefix turned out not to be there: gives back what it has and goes first in the queue."""
+        assert request.hold is not None
+        del self._loading[request]
+        self.index.release(request.hold)
+        request.hold = None
+        self._for_room = {request: None, **self._for_room}
+        self._deadlines.add(request)
+
+    # ---- fetches -------------------------------------------------------------------------------------------------
+
+    def _begin_fetch(self, request: Fetch, now: float) -> list[Answer]:
+        """Has brought what can be brought, or queues for the room. Without patience the rest is missing."""
+        if request.patient:
+            self._deadlines.add(request)
+        must_wait = self._must_queue(request) and self._tiers.slots_needed(request)
+        has_begun = not must_wait and self._tiers.bring(request, now)
+        if request.patient:
+            if not has_begun:
+                self._for_room[request] = None
+            return []
+        for key in [key for key in request.awaited if not self._tiers.is_coming(request, key)]:
+            request.missing.append(self._fetches.drop(request, key))
+        return self._complete(request)
+
+    def _arrived(
+        self, keys: Iterable[BlockKey], now: float, tier: Tier = Tier.DRAM, remote: bool = False
+    ) -> list[Answer]:
+        """Leases blocks that just came for those who wait for them, one answer per fetch."""
+        came: dict[Fetch, list[tuple[int, BlockKey]]] = {}
         for key in keys:
-            for request in self._fetches_of.pop(key, ()):
-                came.setdefault(request, []).append((request.awaited.pop(key), key))
-        return [self._hand_over(request, wanted, now) for request, wanted in came.items()]
+            for request in self._fetches.of(key):
+                came.setdefault(request, []).append((self._fetches.drop(request, key), key))
+        answers = []
+        for request, wanted in came.items():
+            leased = self.index.lease(request.caller.group, wanted, now)
+            blocks = tuple(replace(block, tier=tier, remote=remote) for block in leased)
+            answers += joined([Answer(request.caller, Fetched(blocks)), *self._complete(request)])
+        return answers
 
-    def _hand_over(self, request: _Fetch, wanted: list[tuple[int, BlockKey]], now: float) -> Answer:
-        blocks = tuple(self.index.lease(request.caller.group, wanted, now))
-        done = not request.awaited
-        if done:
-            self._forget(request)
-        return Answer(request.caller, Fetched(blocks, done))
+    def _did_not_come(self, keys: Iterable[BlockKey], again: Callable[[Fetch], bool], now: float) -> list[Answer]:
+        """A load or pull did not bring these. Those of whom `again` says so try to get them otherwise; who waits for a
+        commit goes on waiting; for the others the block is missing.
+        """
+        retried: dict[Fetch, None] = {}
+        ended: dict[Fetch, None] = {}
+        for key in keys:
+            for request in self._fetches.of(key):
+                if again(request):
+                    retried[request] = None
+                elif request.source or not request.patient:
+                    request.missing.append(self._fetches.drop(request, key))
+                    ended[request] = None
+        answers = [answer for request in retried for answer in self._begin_fetch(request, now)]
+        return answers + [answer for request in ended if request in self._fetches for answer in self._complete(request)]
 
+    def _complete(self, request: Fetch) -> list[Answer]:
+        """The last answer, if it waits for nothing any more."""
+        if request.awaited:
+            return []
+        self._for_room.pop(request, None)
+        self._fetches.remove(request)
+        return [Answer(request.caller, Fetched((), done=True, missing=tuple(sorted(request.missing))))]
 
-def _check_keys(keys: Sequence[BlockKey]) -> None:
-    if any(len(key) != KEY_BYTES for key in keys):
-        raise InvalidRequest(f"keys: one does not have {KEY_BYTES} bytes")
-    if len(set(keys)) != len(keys):
-        raise InvalidRequest("keys: one is there twice")
-
-
-def _check_parent(parent: BlockKey, keys: Sequence[BlockKey]) -> None:
-    if len(parent) != KEY_BYTES:
-        raise InvalidRequest(f"parent: {len(parent)} bytes; allowed are {KEY_BYTES}")
-    if parent in keys:
-        raise InvalidRequest("parent: it is one of the keys")
+    def _leave(self, request: Fetch) -> None:
+        """It waits for nothing any more. Pulls that nobody else waits for end with it."""
+        keys = list(request.awaited)
+        self._fetches.remove(request)
+        for key in keys:
+            pulling = self.moves.pulled_by(key)
+            if pulling and not any(self._fetches.of(expected) for expected in pulling.keys):
+                self.moves.cancel(pulling)

@@ -54,6 +54,27 @@ PREFILL: Origin.ValueType  # 0
 DECODE: Origin.ValueType  # 1
 Global___Origin: _TypeAlias = Origin  # noqa: Y015
 
+class _SsdState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SsdStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SsdState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SSD_NONE: _SsdState.ValueType  # 0
+    """not configured, or no worker has connected yet"""
+    SSD_ON: _SsdState.ValueType  # 1
+    SSD_FAILED: _SsdState.ValueType  # 2
+    """off since something went wrong; serving goes on without it"""
+
+class SsdState(_SsdState, metaclass=_SsdStateEnumTypeWrapper): ...
+
+SSD_NONE: SsdState.ValueType  # 0
+"""not configured, or no worker has connected yet"""
+SSD_ON: SsdState.ValueType  # 1
+SSD_FAILED: SsdState.ValueType  # 2
+"""off since something went wrong; serving goes on without it"""
+Global___SsdState: _TypeAlias = SsdState  # noqa: Y015
+
 @_typing.final
 class LocalRequest(_message.Message):
     """---- local socket -----------------------------------------------------------------------------------------------"""
@@ -68,6 +89,8 @@ class LocalRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     LOOKUP_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
     group: _builtins.int
     """Chosen by the client, unique on its connection. All leases and reservations that a request brings belong to its group
     and end together, with `Release` or with the connection.
@@ -86,6 +109,10 @@ class LocalRequest(_message.Message):
     def release(self) -> Global___Release: ...
     @_builtins.property
     def lookup(self) -> Global___Lookup: ...
+    @_builtins.property
+    def pin(self) -> Global___Pin: ...
+    @_builtins.property
+    def unpin(self) -> Global___Unpin: ...
     def __init__(
         self,
         *,
@@ -97,12 +124,14 @@ class LocalRequest(_message.Message):
         commit: Global___Commit | None = ...,
         release: Global___Release | None = ...,
         lookup: Global___Lookup | None = ...,
+        pin: Global___Pin | None = ...,
+        unpin: Global___Unpin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "commit", b"commit", "fetch", b"fetch", "hello", b"hello", "lookup", b"lookup", "op", b"op", "release", b"release"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "commit", b"commit", "fetch", b"fetch", "hello", b"hello", "lookup", b"lookup", "op", b"op", "pin", b"pin", "release", b"release", "unpin", b"unpin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "commit", b"commit", "fetch", b"fetch", "group", b"group", "hello", b"hello", "lookup", b"lookup", "op", b"op", "release", b"release", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "commit", b"commit", "fetch", b"fetch", "group", b"group", "hello", b"hello", "lookup", b"lookup", "op", b"op", "pin", b"pin", "release", b"release", "request", b"request", "unpin", b"unpin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["hello", "acquire", "fetch", "commit", "release", "lookup"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["hello", "acquire", "fetch", "commit", "release", "lookup", "pin", "unpin"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -119,6 +148,8 @@ class LocalReply(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     FOUND_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    UNPINNED_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
@@ -132,6 +163,10 @@ class LocalReply(_message.Message):
     def found(self) -> Global___Found: ...
     @_builtins.property
     def refused(self) -> Global___Refused: ...
+    @_builtins.property
+    def pinned(self) -> Global___Pinned: ...
+    @_builtins.property
+    def unpinned(self) -> Global___Unpinned: ...
     def __init__(
         self,
         *,
@@ -142,12 +177,14 @@ class LocalReply(_message.Message):
         committed: Global___Committed | None = ...,
         found: Global___Found | None = ...,
         refused: Global___Refused | None = ...,
+        pinned: Global___Pinned | None = ...,
+        unpinned: Global___Unpinned | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "committed", b"committed", "fetched", b"fetched", "found", b"found", "refused", b"refused", "result", b"result", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "committed", b"committed", "fetched", b"fetched", "found", b"found", "pinned", b"pinned", "refused", b"refused", "result", b"result", "unpinned", b"unpinned", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "committed", b"committed", "fetched", b"fetched", "found", b"found", "refused", b"refused", "request", b"request", "result", b"result", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "committed", b"committed", "fetched", b"fetched", "found", b"found", "pinned", b"pinned", "refused", b"refused", "request", b"request", "result", b"result", "unpinned", b"unpinned", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["welcome", "acquired", "fetched", "committed", "found", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["welcome", "acquired", "fetched", "committed", "found", "refused", "pinned", "unpinned"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -215,7 +252,7 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class Acquire(_message.Message):
-    """Leases the longest committed prefix of `keys` and reserves a slot for each key after it: all of them or, when the
+    """Leases the longest prefix of `keys` that is in some tier, after loading what of it is on SSD, and reserves a slot for each key after it: all of them or, when the
     arena has no room, none. `wait_ms` = 0 refuses at once, otherwise the request waits its turn.
     """
 
@@ -332,28 +369,36 @@ Global___Reservation: _TypeAlias = Reservation  # noqa: Y015
 
 @_typing.final
 class Fetch(_message.Message):
-    """Leases every key, waiting for those not committed yet. Answered by as many `Fetched` as it takes; the last has `done`."""
+    """Leases every key: those in the arena at once, those on SSD when they are loaded, the others when they are committed here
+    or, with `source`, have been pulled. Answered by as many `Fetched` as it takes; the last has `done`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     wait_ms: _builtins.int
     source: _builtins.str
     """node to pull from what is not here; empty: local only"""
+    parent: _builtins.bytes
+    """the key before keys[0]; empty: unknown"""
     @_builtins.property
-    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """each follows the one before it"""
+
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         wait_ms: _builtins.int = ...,
         source: _builtins.str = ...,
+        parent: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "source", b"source", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "parent", b"parent", "source", b"source", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -469,8 +514,96 @@ class Release(_message.Message):
 Global___Release: _TypeAlias = Release  # noqa: Y015
 
 @_typing.final
+class Pin(_message.Message):
+    """Keeps those of the keys that are in the arena there, on a tenant's behalf, up to its quota. Belongs to no group: it ends
+    with its time or with `Unpin`. Pinning again sets the time anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    ttl_s: _builtins.float
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        ttl_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "tenant", b"tenant", "ttl_s", b"ttl_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class Pinned(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PINNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pinned(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    def __init__(
+        self,
+        *,
+        pinned: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pinned: _TypeAlias = Pinned  # noqa: Y015
+
+@_typing.final
+class Unpin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unpin: _TypeAlias = Unpin  # noqa: Y015
+
+@_typing.final
+class Unpinned(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unpinned: _TypeAlias = Unpinned  # noqa: Y015
+
+@_typing.final
 class Lookup(_message.Message):
-    """Which of the keys are committed here. Extends nothing."""
+    """Which of the keys are committed here, in any tier. Extends nothing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -526,6 +659,8 @@ class Refused(_message.Message):
         """never: more blocks than the arena has slots"""
         INVALID: Refused._Reason.ValueType  # 2
         """the request itself is wrong"""
+        QUOTA: Refused._Reason.ValueType  # 3
+        """more than the tenant may pin"""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     NO_ROOM: Refused.Reason.ValueType  # 0
@@ -534,6 +669,8 @@ class Refused(_message.Message):
     """never: more blocks than the arena has slots"""
     INVALID: Refused.Reason.ValueType  # 2
     """the request itself is wrong"""
+    QUOTA: Refused.Reason.ValueType  # 3
+    """more than the tenant may pin"""
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -678,6 +815,18 @@ class StoreStatus(_message.Message):
     HIT_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     MISS_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     CONNECTIONS_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    FENCED_TOTAL_FIELD_NUMBER: _builtins.int
+    SSD_STATE_FIELD_NUMBER: _builtins.int
+    SSD_BLOCKS_FIELD_NUMBER: _builtins.int
+    SSD_HIT_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    SSD_LOADED_TOTAL_FIELD_NUMBER: _builtins.int
+    SSD_SPILLED_TOTAL_FIELD_NUMBER: _builtins.int
+    SSD_CORRUPT_TOTAL_FIELD_NUMBER: _builtins.int
+    PULLED_TOTAL_FIELD_NUMBER: _builtins.int
+    REMOTE_CORRUPT_TOTAL_FIELD_NUMBER: _builtins.int
+    SERVED_TOTAL_FIELD_NUMBER: _builtins.int
+    FAILED_PULLS_TOTAL_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     slot_bytes: _builtins.int
@@ -692,6 +841,24 @@ class StoreStatus(_message.Message):
     hit_blocks_total: _builtins.int
     miss_blocks_total: _builtins.int
     connections: _builtins.int
+    pinned_blocks: _builtins.int
+    fenced_total: _builtins.int
+    """commits refused because their reservation's time was over, and readers that were cut off"""
+    ssd_state: Global___SsdState.ValueType
+    ssd_blocks: _builtins.int
+    ssd_hit_blocks_total: _builtins.int
+    """part of hit_blocks_total"""
+    ssd_loaded_total: _builtins.int
+    ssd_spilled_total: _builtins.int
+    ssd_corrupt_total: _builtins.int
+    """records found torn or changed, at start or when they were read"""
+    pulled_total: _builtins.int
+    remote_corrupt_total: _builtins.int
+    """blocks received whose checksum was wrong"""
+    served_total: _builtins.int
+    """blocks sent to other nodes"""
+    failed_pulls_total: _builtins.int
+    """blocks that were to be pulled and did not come"""
     def __init__(
         self,
         *,
@@ -709,10 +876,22 @@ class StoreStatus(_message.Message):
         hit_blocks_total: _builtins.int = ...,
         miss_blocks_total: _builtins.int = ...,
         connections: _builtins.int = ...,
+        pinned_blocks: _builtins.int = ...,
+        fenced_total: _builtins.int = ...,
+        ssd_state: Global___SsdState.ValueType = ...,
+        ssd_blocks: _builtins.int = ...,
+        ssd_hit_blocks_total: _builtins.int = ...,
+        ssd_loaded_total: _builtins.int = ...,
+        ssd_spilled_total: _builtins.int = ...,
+        ssd_corrupt_total: _builtins.int = ...,
+        pulled_total: _builtins.int = ...,
+        remote_corrupt_total: _builtins.int = ...,
+        served_total: _builtins.int = ...,
+        failed_pulls_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "reserved_blocks", b"reserved_blocks", "slot_bytes", b"slot_bytes", "stored_total", b"stored_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "failed_pulls_total", b"failed_pulls_total", "fenced_total", b"fenced_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "pinned_blocks", b"pinned_blocks", "pulled_total", b"pulled_total", "remote_corrupt_total", b"remote_corrupt_total", "reserved_blocks", b"reserved_blocks", "served_total", b"served_total", "slot_bytes", b"slot_bytes", "ssd_blocks", b"ssd_blocks", "ssd_corrupt_total", b"ssd_corrupt_total", "ssd_hit_blocks_total", b"ssd_hit_blocks_total", "ssd_loaded_total", b"ssd_loaded_total", "ssd_spilled_total", b"ssd_spilled_total", "ssd_state", b"ssd_state", "stored_total", b"stored_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,6 +46,16 @@ class StoreNodeStub:
                 request_serializer=perigee_dot_kvstore_dot_store__pb2.StatusRequest.SerializeToString,
                 response_deserializer=perigee_dot_kvstore_dot_store__pb2.StoreStatus.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/perigee.kvstore.StoreNode/Pin',
+                request_serializer=perigee_dot_kvstore_dot_store__pb2.Pin.SerializeToString,
+                response_deserializer=perigee_dot_kvstore_dot_store__pb2.Pinned.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/perigee.kvstore.StoreNode/Unpin',
+                request_serializer=perigee_dot_kvstore_dot_store__pb2.Unpin.SerializeToString,
+                response_deserializer=perigee_dot_kvstore_dot_store__pb2.Unpinned.FromString,
+                _registered_method=True)
 
 
 class StoreNodeServicer:
@@ -66,6 +76,19 @@ class StoreNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +101,16 @@ def add_StoreNodeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=perigee_dot_kvstore_dot_store__pb2.StatusRequest.FromString,
                     response_serializer=perigee_dot_kvstore_dot_store__pb2.StoreStatus.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=perigee_dot_kvstore_dot_store__pb2.Pin.FromString,
+                    response_serializer=perigee_dot_kvstore_dot_store__pb2.Pinned.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=perigee_dot_kvstore_dot_store__pb2.Unpin.FromString,
+                    response_serializer=perigee_dot_kvstore_dot_store__pb2.Unpinned.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +169,60 @@ class StoreNode:
             '/perigee.kvstore.StoreNode/Status',
             perigee_dot_kvstore_dot_store__pb2.StatusRequest.SerializeToString,
             perigee_dot_kvstore_dot_store__pb2.StoreStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.kvstore.StoreNode/Pin',
+            perigee_dot_kvstore_dot_store__pb2.Pin.SerializeToString,
+            perigee_dot_kvstore_dot_store__pb2.Pinned.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.kvstore.StoreNode/Unpin',
+            perigee_dot_kvstore_dot_store__pb2.Unpin.SerializeToString,
+            perigee_dot_kvstore_dot_store__pb2.Unpinned.FromString,
             options,
             channel_credentials,
             insecure,

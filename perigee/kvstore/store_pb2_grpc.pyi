@@ -41,6 +41,9 @@ class StoreNodeStub:
     Watch: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.BlockEvents]
     """First a snapshot of all that is committed, then each change as it happens."""
     Status: _grpc.UnaryUnaryMultiCallable[_store_pb2.StatusRequest, _store_pb2.StoreStatus]
+    Pin: _grpc.UnaryUnaryMultiCallable[_store_pb2.Pin, _store_pb2.Pinned]
+    """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_store_pb2.Unpin, _store_pb2.Unpinned]
 
 @_typing.type_check_only
 class StoreNodeAsyncStub(StoreNodeStub):
@@ -50,6 +53,9 @@ class StoreNodeAsyncStub(StoreNodeStub):
     Watch: _aio.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.BlockEvents]  # type: ignore[assignment]
     """First a snapshot of all that is committed, then each change as it happens."""
     Status: _aio.UnaryUnaryMultiCallable[_store_pb2.StatusRequest, _store_pb2.StoreStatus]  # type: ignore[assignment]
+    Pin: _aio.UnaryUnaryMultiCallable[_store_pb2.Pin, _store_pb2.Pinned]  # type: ignore[assignment]
+    """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_store_pb2.Unpin, _store_pb2.Unpinned]  # type: ignore[assignment]
 
 class StoreNodeServicer(metaclass=_abc_1.ABCMeta):
     """---- gRPC -------------------------------------------------------------------------------------------------------"""
@@ -68,5 +74,20 @@ class StoreNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.StoreStatus, _abc.Awaitable[_store_pb2.StoreStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _store_pb2.Pin,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.Pinned, _abc.Awaitable[_store_pb2.Pinned]]:
+        """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _store_pb2.Unpin,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.Unpinned, _abc.Awaitable[_store_pb2.Unpinned]]: ...
 
 def add_StoreNodeServicer_to_server(servicer: StoreNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

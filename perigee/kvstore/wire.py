@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from perigee.kvstore import store_pb2 as pb
-from perigee.kvstore.errors import InvalidRequest, NoRoom, StoreError, TooLarge
+from perigee.kvstore.errors import InvalidRequest, NoRoom, QuotaExceeded, StoreError, TooLarge
 from perigee.kvstore.messages import (
     Acquired,
     BlockEvent,
@@ -18,6 +18,7 @@ _REASONS: dict[type[StoreError], pb.Refused.Reason.ValueType] = {
     NoRoom: pb.Refused.NO_ROOM,
     TooLarge: pb.Refused.TOO_LARGE,
     InvalidRequest: pb.Refused.INVALID,
+    QuotaExceeded: pb.Refused.QUOTA,
 }
 _ERRORS: dict[int, type[StoreError]] = {reason: error for error, reason in _REASONS.items()}
 

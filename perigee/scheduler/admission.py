@@ -55,8 +55,6 @@ class RoomAtArrival:
 def _unavailable(pools: Pools) -> Refusal:
     missing = [role for role, workers in (("prefill", pools.prefill), ("decode", pools.decode)) if not workers]
     message = f"no {' and no '.join(missing)} worker is available"
-    if not missing:
-        message = "no store node has both a prefill and a decode worker"
     return Refusal(RejectReason.UNAVAILABLE, message, UNAVAILABLE_RETRY_AFTER_S)
 
 

@@ -136,7 +136,7 @@ class Conductor:
             self.view.workers[request.prefill].cost,
             new_tokens=request.num_tokens - cached_tokens,
             prefix_tokens=cached_tokens,
-            load_s=event.load_s,
+            load_s=0.0 if request.pulls else event.load_s,  # which says nothing about loading alone
             compute_s=event.compute_s,
         )
         self.view.ttft_error.observe(request.predicted_ttft_s, event.ttft_s)

@@ -22,6 +22,8 @@ class CostProfile:
     prefill_token_s: float = 5e-4
     prefill_pair_s: float = 1e-8  # one new token attending to one earlier token
     load_token_s: float = 2e-6  # out of the local store into the worker's pages
+    transfer_fixed_s: float = 2e-3  # to begin to pull blocks from another store node
+    transfer_token_s: float = 2e-5  # out of another store node into the local one
     step_fixed_s: float = 1e-2
     step_sequence_s: float = 1e-3
     step_context_token_s: float = 1e-6
@@ -34,6 +36,10 @@ class CostProfile:
     def load_s(self, tokens: int) -> float:
         """Taking over cached tokens from the local store."""
         return self.load_token_s * tokens
+
+    def transfer_s(self, tokens: int) -> float:
+        """Pulling cached tokens from another store node, before they are loaded."""
+        return self.transfer_fixed_s + self.transfer_token_s * tokens
 
     def step_s(self, batch: int, context_tokens: int) -> float:
         """One decode step of `batch` sequences that hold `context_tokens` together."""
@@ -99,6 +105,9 @@ class WorkerCost:
 
     def load_s(self, tokens: int) -> float:
         return self.load.factor * self.profile.load_s(tokens)
+
+    def transfer_s(self, tokens: int) -> float:
+        return self.profile.transfer_s(tokens)
 
     def step_s(self, batch: int, context_tokens: int) -> float:
         return self.step.factor * self.profile.step_s(batch, context_tokens)

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 
-from perigee.kvstore.directory import InMemoryDirectory, Member
+from perigee.kvstore.access import OPEN, Access
+from perigee.kvstore.directory import Directory, Member
 from perigee.kvstore.store_pb2 import StoreStatus
 from perigee.scheduler.commands import Command, Dispatch, Exclude, Proceed, Reject, Resync, ServerCommand
 from perigee.scheduler.conductor import Conductor
@@ -19,10 +20,11 @@ Outbox = asyncio.Queue[ServerCommand | None]  # None: nothing more will come
 class Driver:
     """Owns the Conductor. Everything here happens on one event loop, so events have one order."""
 
-    def __init__(self, conductor: Conductor, directory: InMemoryDirectory, tick_s: float) -> None:
+    def __init__(self, conductor: Conductor, directory: Directory, tick_s: float, access: Access = OPEN) -> None:
         self.conductor = conductor
         self._directory = directory
         self._tick_s = tick_s
+        self._access = access
         self._watches: dict[str, tuple[WorkerWatch | StoreWatch, asyncio.Task[None]]] = {}  # by member's id
         self._outboxes: dict[ServerId, Outbox] = {}
         self._num_attached = 0
@@ -78,7 +80,8 @@ class Driver:
                 del self._watches[member_id]
         for member in members:
             if member.id not in self._watches:
-                watch = WorkerWatch(member, self.emit) if member.kind == "worker" else StoreWatch(member, self.emit)
+                kind = WorkerWatch if member.kind == "worker" else StoreWatch
+                watch = kind(member, self.emit, self._access)
                 self._watches[member.id] = watch, tasks.create_task(watch.run(), name=f"watch-{member.id}")
 
     def _execute(self, command: Command) -> None:

@@ -11,7 +11,7 @@ from perigee.scheduler.worker_view import Demand, WorkerView
 class Pools:
     """Workers by what they may be given. A mixed worker does both phases of a request, and never only one of them.
 
-    Both phases of a request share a store node: no node pulls blocks from another.
+    The phases may be on different store nodes: blocks are pulled from one to the other.
     """
 
     prefill: tuple[WorkerView, ...] = ()
@@ -29,23 +29,23 @@ class Pools:
     @property
     def can_serve(self) -> bool:
         """Whether both phases find a worker."""
-        return bool(self.mixed or self._paired)
+        return bool(self.mixed or (self.prefill and self.decode))
 
     @property
     def prefillers(self) -> tuple[WorkerView, ...]:
         """Everyone who could prefill a request whose decode also finds a worker."""
-        return self.mixed + tuple(worker for worker in self.prefill if worker.store in self._paired)
+        return self.mixed + (self.prefill if self.decode else ())
 
     @property
     def decoders(self) -> tuple[WorkerView, ...]:
         """Everyone who could decode a request whose prefill also finds a worker."""
-        return self.mixed + tuple(worker for worker in self.decode if worker.store in self._paired)
+        return self.mixed + (self.decode if self.prefill else ())
 
     def decoders_after(self, prefiller: WorkerView) -> tuple[WorkerView, ...]:
         """Who may decode what one of `prefillers` prefilled; at least one."""
         if any(worker is prefiller for worker in self.mixed):
             return (prefiller,)
-        return tuple(worker for worker in self.decode if worker.store == prefiller.store)
+        return self.decode
 
     def holding(self, demand: Demand) -> "Pools":
         """Those large enough for the demand, were they idle."""
@@ -76,9 +76,3 @@ class Pools:
             tuple(filter(condition, self.decode)),
             tuple(filter(condition, self.mixed)),
         )
-
-    @property
-    def _paired(self) -> frozenset[NodeId]:
-        """The store nodes with workers for both phases."""
-        prefill = {worker.store for worker in self.prefill}
-        return frozenset(worker.store for worker in self.decode if worker.store in prefill)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from perigee.kvstore.directory import InMemoryDirectory, member_to_pb
+from perigee.kvstore.directory import Directory, InMemoryDirectory, WatchedDirectory, member_to_pb
 from perigee.kvstore.directory_pb2_grpc import add_DirectoryServicer_to_server
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.scheduler import scheduler_pb2_grpc as rpc
@@ -27,12 +27,11 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
 
 async def run(config: ConductorConfig) -> None:
     """Serves until cancelled. Raises SchedulerError if `config.listen` cannot be listened on."""
-    directory = InMemoryDirectory()
-    driver = Driver(Conductor(), directory, config.tick_s)
-    server = grpc.aio.server(options=_OPTIONS)
+    server = config.access.server(_OPTIONS)
+    directory = _directory(config, server)
+    driver = Driver(Conductor(), directory, config.tick_s, config.access)
     # Milliseconds, so that a Conductor that comes later has a larger epoch.
     rpc.add_ConductorServicer_to_server(ConductorService(driver, directory, time.time_ns() // 1_000_000), server)
-    add_DirectoryServicer_to_server(directory, server)
     port = _listen(server, config.listen)
     await server.start()
     _log.info("conductor started listen=%s port=%d", config.listen, port)
@@ -41,6 +40,15 @@ async def run(config: ConductorConfig) -> None:
     finally:
         await server.stop(grace=None)
         _log.info("conductor stopped listen=%s", config.listen)
+
+
+def _directory(config: ConductorConfig, server: grpc.aio.Server) -> Directory:
+    """The directory where `config` says that it is, or a new one, which `server` then serves."""
+    if config.directory is not None:
+        return WatchedDirectory(config.directory, config.access)
+    directory = InMemoryDirectory()
+    add_DirectoryServicer_to_server(directory, server)
+    return directory
 
 
 def _listen(server: grpc.aio.Server, listen: str) -> int:
@@ -53,7 +61,7 @@ def _listen(server: grpc.aio.Server, listen: str) -> int:
 class ConductorService(rpc.ConductorServicer):
     """What front ends talk to."""
 
-    def __init__(self, driver: Driver, directory: InMemoryDirectory, epoch: int) -> None:
+    def __init__(self, driver: Driver, directory: Directory, epoch: int) -> None:
         self._driver = driver
         self._directory = directory
         self._epoch = epoch

@@ -41,6 +41,7 @@ class InFlight:
     num_tokens: int
     predicted_ttft_s: float
     predicted_tbt_s: float
+    pulls: bool = False  # a part of its prefix, from another store node
     phase: Phase = Phase.PREFILL
 
 
@@ -131,7 +132,13 @@ class ClusterView:
         remaining_s = plan.ttft_s - request.age_s + plan.tbt_s * self.expected_output_tokens(request.max_tokens)
         plan.decode.decodes[key] = PlacedDecode(DecodeLoad(1, demand.pages, demand.num_tokens), now + remaining_s)
         self.requests[key] = InFlight(
-            request.ref, plan.prefill.id, plan.decode.id, request.num_tokens, plan.ttft_s, plan.tbt_s
+            ref=request.ref,
+            prefill=plan.prefill.id,
+            decode=plan.decode.id,
+            num_tokens=request.num_tokens,
+            predicted_ttft_s=plan.ttft_s,
+            predicted_tbt_s=plan.tbt_s,
+            pulls=bool(plan.prefill_source),
         )
 
     def end_prefill(self, key: RequestKey) -> None:

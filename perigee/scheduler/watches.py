@@ -8,6 +8,7 @@ from collections.abc import Callable
 import grpc
 
 from perigee.kvstore import store_pb2
+from perigee.kvstore.access import OPEN, Access
 from perigee.kvstore.directory import Member
 from perigee.kvstore.store_pb2_grpc import StoreNodeStub
 from perigee.scheduler.errors import InvalidMessage
@@ -28,8 +29,9 @@ _STATUS_TIMEOUT_S = 0.5
 class Watch(ABC):
     """One member's stream. Subclasses say which, what its messages mean, and what it means that it broke."""
 
-    def __init__(self, member: Member, emit: Emit) -> None:
+    def __init__(self, member: Member, emit: Emit, access: Access = OPEN) -> None:
         self.member = member
+        self._access = access
         self._emit = emit
         self._heard = False  # something, over the stream that is open now
         self._reopen = False
@@ -55,12 +57,17 @@ class Watch(ABC):
         """Returns when the stream is broken, or is to be reopened."""
         self._reopen = False
         try:
-            async with channel_to(self.member.address) as channel:
+            async with self._channel() as channel:
                 await self._receive(channel)
         except grpc.aio.AioRpcError as error:
             _log.warning("watch broke member=%s error=%s %s", self.member.id, error.code(), error.details())
         except InvalidMessage as error:
             _log.warning("watch ended member=%s invalid message: %s", self.member.id, error)
+
+    def _channel(self) -> grpc.aio.Channel:
+        """A channel that shares no connection, and so no backoff, with others to the same target."""
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+        return self._access.channel(self.member.address, options)
 
     def _end(self) -> None:
         if self._heard:
@@ -110,7 +117,7 @@ class StoreWatch(Watch):
     async def status(self) -> store_pb2.StoreStatus | None:
         """What the node says of itself now; None if it does not answer in time."""
         try:
-            async with channel_to(self.member.address) as channel:
+            async with self._channel() as channel:
                 return await StoreNodeStub(channel).Status(store_pb2.StatusRequest(), timeout=_STATUS_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return None
@@ -125,9 +132,3 @@ class StoreWatch(Watch):
 
     def _lost(self) -> StoreLost:
         return StoreLost(NodeId(self.member.id), self.member.incarnation)
-
-
-def channel_to(target: str) -> grpc.aio.Channel:
-    """A channel that shares no connection, and so no backoff, with others to the same target."""
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-    return grpc.aio.insecure_channel(target, options=options)

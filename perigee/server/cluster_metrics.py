@@ -29,6 +29,15 @@ _STORE_COUNTERS = {
     "evicted_total": ("perigee_store_evicted_blocks", "Blocks evicted"),
     "hit_blocks_total": ("perigee_store_hit_blocks", "Blocks asked for and found"),
     "miss_blocks_total": ("perigee_store_miss_blocks", "Blocks asked for and not found"),
+    "ssd_hit_blocks_total": ("perigee_store_ssd_hit_blocks", "Blocks asked for and found on SSD"),
+    "ssd_loaded_total": ("perigee_store_ssd_loaded_blocks", "Blocks read from SSD"),
+    "ssd_spilled_total": ("perigee_store_ssd_spilled_blocks", "Blocks written to SSD"),
+    "ssd_corrupt_total": ("perigee_store_ssd_corrupt_blocks", "Blocks on SSD that were torn or changed"),
+    "pulled_total": ("perigee_store_pulled_blocks", "Blocks pulled from other nodes"),
+    "failed_pulls_total": ("perigee_store_failed_pulls", "Blocks that were to be pulled and did not come"),
+    "remote_corrupt_total": ("perigee_store_remote_corrupt_blocks", "Blocks received whose checksum was wrong"),
+    "served_total": ("perigee_store_served_blocks", "Blocks sent to other nodes"),
+    "fenced_total": ("perigee_store_fenced", "Writers and readers that were slower than their deadline"),
 }
 _STORE_GAUGES = {
     "num_slots": ("perigee_store_slots", "Slots of the arena"),
@@ -37,6 +46,9 @@ _STORE_GAUGES = {
     "leased_blocks": ("perigee_store_leased_blocks", "Blocks in use"),
     "reserved_blocks": ("perigee_store_reserved_blocks", "Slots being written"),
     "connections": ("perigee_store_connections", "Workers connected"),
+    "pinned_blocks": ("perigee_store_pinned_blocks", "Blocks that tenants have pinned"),
+    "ssd_blocks": ("perigee_store_ssd_blocks", "Blocks that can be read from SSD"),
+    "ssd_state": ("perigee_store_ssd_state", "SSD tier: 0 there is none, 1 on, 2 failed and off"),
 }
 
 

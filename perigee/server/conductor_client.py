@@ -8,6 +8,7 @@ from types import TracebackType
 
 import grpc
 
+from perigee.kvstore.access import OPEN, Access
 from perigee.kvstore.blocks import BlockKey
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
@@ -111,10 +112,10 @@ class Talk:
 class ConductorClient:
     """Stays attached to the Conductor, through its restarts, and knows the cluster's last state."""
 
-    def __init__(self, target: str, poll_s: float) -> None:
+    def __init__(self, target: str, poll_s: float, access: Access) -> None:
         self._target = target
         self._poll_s = poll_s
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self._channel = access.channel(target, _OPTIONS)
         self._stub = ConductorStub(self._channel)
         self._talks: dict[Ref, Talk] = {}
         self._outbox: asyncio.Queue[pb.ServerEvent] | None = None  # None: not attached
@@ -125,9 +126,9 @@ class ConductorClient:
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, target: str, poll_s: float) -> AsyncIterator["ConductorClient"]:
+    async def connected(cls, target: str, poll_s: float, access: Access = OPEN) -> AsyncIterator["ConductorClient"]:
         """A client that looks after its stream until the context is left. The Conductor need not be there yet."""
-        client = cls(target, poll_s)
+        client = cls(target, poll_s, access)
         tasks = [asyncio.create_task(client._stay_attached()), asyncio.create_task(client._stay_informed())]
         try:
             yield client

@@ -1,17 +1,15 @@
 """All that a front end can be told."""
 
-import ipaddress
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from perigee.kvstore.addresses import ClusterProcess, is_loopback
 from perigee.kvstore.blocks import DType
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(ClusterProcess, frozen=True, extra="forbid"):
     """The HTTP front end. Without API keys it serves this machine only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on; other than loopback only with API keys.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
@@ -32,18 +30,9 @@ class ServerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _strangers_need_keys(self) -> "ServerConfig":
-        if self.api_keys_file is None and not _is_loopback(self.host):
+        if self.api_keys_file is None and not is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host!r} can be reached from other machines and there is no api_keys_file; "
                 "allowed without API keys are 127.0.0.1, ::1 and localhost"
             )
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -39,8 +39,8 @@ class Gateway:
         """Connected to the cluster, as far as it is there, until the context is left. Raises KeysFileError."""
         tenants = Tenants.load(config.api_keys_file)
         async with (
-            ConductorClient.connected(config.conductor, config.cluster_poll_s) as conductor,
-            WorkerPool.opened() as workers,
+            ConductorClient.connected(config.conductor, config.cluster_poll_s, config.access) as conductor,
+            WorkerPool.opened(config.access) as workers,
         ):
             metrics = Metrics()
             metrics.registry.register(ClusterCollector(lambda: conductor.state))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from perigee.kvstore.access import OPEN, Access
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.workers.client import WorkerClient
 
@@ -21,15 +22,16 @@ class _Connection:
 class WorkerPool:
     """Finds the stream to a worker, and opens a new one when the worker has started anew or the stream broke."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._connections: dict[str, _Connection] = {}
         self._opening = asyncio.Lock()
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls) -> AsyncIterator["WorkerPool"]:
+    async def opened(cls, access: Access = OPEN) -> AsyncIterator["WorkerPool"]:
         """A pool whose streams are all closed when the context is left."""
-        pool = cls()
+        pool = cls(access)
         try:
             yield pool
         finally:
@@ -52,7 +54,7 @@ class WorkerPool:
     async def _open(self, worker: pb.WorkerAddress) -> WorkerClient:
         if stale := self._connections.pop(worker.id, None):
             await stale.client.close()
-        client = await WorkerClient.connect(worker.id, worker.address)
+        client = await WorkerClient.connect(worker.id, worker.address, self._access)
         self._connections[worker.id] = _Connection(worker.incarnation, client)
         logger.info(
             "worker attached worker=%s incarnation=%s address=%s", worker.id, worker.incarnation, worker.address

@@ -1,15 +1,19 @@
 """A cluster whose processes are started one by one, so that one of them can die while the others live on."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from perigee.supervisor import ChildSpec
 from perigee.up import UpConfig, plan
+from tests.e2e.endpoint import PATIENCE_S
 
 
 @dataclass(slots=True)
@@ -46,13 +50,40 @@ class Parts:
 
 
 @contextmanager
-def parts(config: UpConfig, directory: Path) -> Iterator[Parts]:
-    """The processes that `perigee up` would start for `config`, with their sockets in `directory`, ended afterwards."""
+def parts(config: UpConfig, directory: Path, without: Collection[str] = ()) -> Iterator[Parts]:
+    """The processes that `perigee up` would start for `config`, but those in `without`, with their sockets in
+    `directory`. All are ended afterwards.
+    """
     specs = plan(config, config.port, Path(config.model), directory, [])
     started = Parts({spec.name: spec for spec in specs}, directory / "log")
     try:
         for name in started.specs:
-            started.start(name)
+            if name not in without:
+                started.start(name)
         yield started
     finally:
         started.end()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def wait_healthy(url: str, started: Parts) -> None:
+    """Returns once the API answers. Raises AssertionError if a process ended instead."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not _is_healthy(url):
+        dead = [name for name, process in started.running.items() if process.poll() is not None]
+        assert not dead, f"{dead} ended:\n{started.log.read_text()}"
+        assert time.monotonic() < deadline, started.log.read_text()
+        time.sleep(0.1)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_S) as response:
+            return int(response.status) == 200
+    except OSError:
+        return False

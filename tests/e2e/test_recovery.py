@@ -1,9 +1,6 @@
 """A worker may die at any time: its requests go on elsewhere, exactly where they were."""
 
 import asyncio
-import socket
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,8 +10,8 @@ import pytest
 
 from perigee.up import UpConfig
 from tests.e2e.conftest import MODEL
-from tests.e2e.endpoint import PATIENCE_S, Endpoint, Members, Vocabulary
-from tests.e2e.parts import Parts, parts
+from tests.e2e.endpoint import Endpoint, Members, Vocabulary
+from tests.e2e.parts import Parts, free_port, parts, wait_healthy
 from tests.e2e.prompts import random_prompt
 from tests.e2e.reference import Reference
 
@@ -39,7 +36,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     config = UpConfig(
-        port=_free_port(),
+        port=free_port(),
         model=str(tiny_llama),
         served_model_name=MODEL,
         dtype="float32",
@@ -49,7 +46,7 @@ def cluster(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.T
     )
     with parts(config, tmp_path_factory.mktemp("parts")) as started:
         url = f"http://127.0.0.1:{config.port}"
-        _wait_healthy(url, started)
+        wait_healthy(url, started)
         yield Cluster(started, Endpoint(url, MODEL, vocabulary))
 
 
@@ -120,25 +117,3 @@ async def assert_nothing_is_left(endpoint: Endpoint) -> None:
 
 def _busy(members: Members, role: str, field: str) -> list[str]:
     return [name for name, member in members.items() if member.role == role and member.load[field] > 0]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _wait_healthy(url: str, started: Parts) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not _is_healthy(url):
-        dead = [name for name, process in started.running.items() if process.poll() is not None]
-        assert not dead, f"{dead} ended:\n{started.log.read_text()}"
-        assert time.monotonic() < deadline, started.log.read_text()
-        time.sleep(0.1)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_S) as response:
-            return int(response.status) == 200
-    except OSError:
-        return False

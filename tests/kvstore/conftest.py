@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,6 +18,8 @@ from perigee.kvstore import store_pb2 as pb
 from perigee.kvstore.client import StoreClient
 from perigee.kvstore.config import StoreConfig
 from perigee.kvstore.directory import InMemoryDirectory, Member
+from perigee.kvstore.ssd import SegmentLog
+from tests.kvstore.ssd_log import OpenLog, open_small
 
 PAYLOAD_BYTES = 8192
 BLOCK_TOKENS = 32
@@ -134,3 +137,14 @@ def start_python() -> Iterator[StartPython]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def open_log(tmp_path: Path) -> Iterator[OpenLog]:
+    """Opens small segment logs, in the test's folder unless told otherwise, and closes them at the end."""
+    with contextlib.ExitStack() as closing:
+
+        def open_one(folder: Path = tmp_path, **options: Any) -> SegmentLog:
+            return closing.enter_context(contextlib.closing(open_small(folder, **options)))
+
+        yield open_one

@@ -1,28 +1,23 @@
 """Requests that wait: for room, and for blocks. No socket, no clock."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from perigee.kvstore.blocks import PREFILL, BlockKey
-from perigee.kvstore.dram import Arena, Mapping, allocate
 from perigee.kvstore.errors import InvalidRequest, NoRoom, TooLarge
 from perigee.kvstore.evict import LRU
 from perigee.kvstore.index import GroupId
 from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched
-from perigee.kvstore.store import Answer, Caller, Store
+from perigee.kvstore.store import Store
+from perigee.kvstore.waiting import Answer, Caller
 from tests.kvstore.keys import ROOT, chain
 
 A, B, C, D = (Caller(GroupId(connection, 1), 10 * connection) for connection in (1, 2, 3, 4))
-SLOT_BYTES = 4096
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Store:
     """Four slots, nothing in them."""
-    mapping = Mapping(allocate(4 * SLOT_BYTES), 4 * SLOT_BYTES)
-    yield Store(Arena(mapping, SLOT_BYTES), 32, LRU())
-    mapping.close()
+    return Store(4, 32, LRU())
 
 
 def _acquire(store: Store, caller: Caller, keys: list[BlockKey], wait_s: float = 0.0, now: float = 0.0) -> list[Answer]:
@@ -44,7 +39,7 @@ def _callers(answers: list[Answer]) -> list[Caller]:
 def test_more_blocks_than_slots_is_too_large_however_long_one_waits(store: Store) -> None:
     ((_, refused),) = _acquire(store, A, chain("a", 5), wait_s=100.0)
     assert isinstance(refused, TooLarge)
-    assert str(refused) == "5 blocks; the arena has 4 slots of 4096 bytes"
+    assert str(refused) == "5 blocks; the arena has 4 slots"
 
 
 def test_without_waiting_no_room_is_said_at_once(store: Store) -> None:
@@ -183,4 +178,4 @@ def test_hits_and_misses_are_those_of_acquires(store: Store) -> None:
     _commit(store, A, _acquire(store, A, keys[:2]))
     _acquire(store, B, keys)
     store.fetch(C, keys, 0.0, 0.0)
-    assert (store.hit_blocks_total, store.miss_blocks_total) == (2, 3)
+    assert (store.totals.hit_blocks, store.totals.miss_blocks) == (2, 3)

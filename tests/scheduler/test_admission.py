@@ -157,15 +157,14 @@ def test_the_slots_of_a_store_node_may_become_known_without_any_block() -> None:
     assert cluster.reject("r", num_tokens=321).reason is RejectReason.TOO_LARGE
 
 
-def test_unavailable_without_a_store_node_that_has_workers_for_both_phases() -> None:
+def test_workers_for_the_two_phases_may_be_on_two_store_nodes() -> None:
     cluster = Cluster()
     for node, role in ((NodeId("left"), "prefill"), (NodeId("right"), "decode")):
         cluster.add_store(node)
         cluster.add_worker(role, role, node)
-    reject = cluster.reject("r")
-    assert reject.reason is RejectReason.UNAVAILABLE
-    assert reject.message == "no store node has both a prefill and a decode worker"
-    assert not cluster.conductor.view.ready(cluster.now)
+    assert cluster.conductor.view.ready(cluster.now)
+    dispatch = cluster.dispatch("r")
+    assert (dispatch.prefill_source, dispatch.decode_source) == ("", "left")
 
 
 def test_a_request_goes_to_the_one_worker_that_is_large_enough() -> None:

@@ -56,29 +56,43 @@ def test_prefill_goes_where_the_prefix_is(node: NodeId) -> None:
     assert (dispatch.prefill.id, dispatch.prefill_source) == (f"p-{node}", "")
 
 
-def test_a_long_queue_outweighs_a_cached_prefix_which_the_other_node_cannot_pull() -> None:
+def test_past_a_long_queue_the_other_node_pulls_the_cached_prefix() -> None:
     cluster = two_hosts()
     hold(cluster, LEFT, 960)
     cluster.report("p-left", "prefill", queued_prefill_tokens=5000)
     dispatch = cluster.dispatch("r", num_tokens=1000)
+    assert (dispatch.prefill.id, dispatch.prefill_source) == ("p-right", LEFT)
+    # 40 tokens to compute, after 960 were pulled and loaded.
+    assert dispatch.predicted_ttft_s == pytest.approx(0.04 + 0.0096 + 0.002 + 0.0192)
+
+
+def test_what_is_faster_computed_than_pulled_is_computed() -> None:
+    cluster = two_hosts()
+    hold(cluster, LEFT, 960)
+    cluster.report("p-left", "prefill", queued_prefill_tokens=5000)
+    for worker in cluster.conductor.view.workers.values():
+        worker.cost.prefill.factor = 0.01
+    dispatch = cluster.dispatch("r", num_tokens=1000)
     assert (dispatch.prefill.id, dispatch.prefill_source) == ("p-right", "")
-    assert dispatch.predicted_ttft_s == pytest.approx(1.0)
+    assert dispatch.predicted_ttft_s == pytest.approx(0.01)
 
 
-def test_both_phases_are_on_one_store_node_however_busy_its_decode_worker_is() -> None:
+def test_decode_stays_on_the_store_node_of_prefill_where_others_are_no_better() -> None:
+    cluster = two_hosts()
+    for index, node in enumerate([LEFT, RIGHT] * 2):
+        hold(cluster, node, 960)
+        dispatch = cluster.dispatch(f"r{index}", num_tokens=1000)
+        assert (dispatch.decode.id, dispatch.decode_source) == (f"d-{dispatch.prefill.id[2:]}", "")
+        cluster.finish(f"r{index}")
+
+
+@pytest.mark.parametrize("busy", [{"running_sequences": 4, "context_tokens": 9000}, {"running_sequences": 8}])
+def test_decode_of_a_busy_store_node_goes_to_another_which_pulls_the_blocks(busy: dict[str, int]) -> None:
     cluster = two_hosts()
     hold(cluster, LEFT, 960)
-    cluster.report("d-left", "decode", running_sequences=4, context_tokens=9000)
+    cluster.report("d-left", "decode", **busy)
     dispatch = cluster.dispatch("r", num_tokens=1000)
-    assert (dispatch.prefill.id, dispatch.decode.id, dispatch.decode_source) == ("p-left", "d-left", "")
-
-
-def test_a_store_node_whose_decode_workers_are_full_gets_no_prompt() -> None:
-    cluster = two_hosts()
-    hold(cluster, LEFT, 960)
-    cluster.report("d-left", "decode", running_sequences=8)
-    dispatch = cluster.dispatch("r", num_tokens=1000)
-    assert (dispatch.prefill.id, dispatch.decode.id) == ("p-right", "d-right")
+    assert (dispatch.prefill.id, dispatch.decode.id, dispatch.decode_source) == ("p-left", "d-right", LEFT)
 
 
 def test_workers_that_differ_by_less_than_predictions_can_tell_take_turns() -> None:

@@ -85,7 +85,7 @@ int perigee_route(const bf16 *x, const bf16 *w, const float *bias, int64_t *expe
 
 // ---- computing ------------------------------------------------------------------------------------------------------
 
-enum { TASK_ROWS = 128 };  // of one expert's tokens, at most: a unit of work, times a group of columns
+enum { TASK_ROWS = PANEL_ROWS };  // of one expert's tokens, at most: a unit of work, times a group of columns
 
 typedef struct {
     long expert, first, last;  // rows of the gathered tokens
@@ -133,38 +133,30 @@ static void deallocate(work *w) { free(w->order), free(w->tasks), free(w->gather
 
 // hidden[:, col : col + 32] = silu(gate) * up for one task's rows.
 static void gate_and_up(const work *w, const task *t, const bf16 *gate_up, long col, long width, long inter) {
-    float gate[GROUP_ROWS * GROUP_COLS] __attribute__((aligned(64))), up[GROUP_ROWS * GROUP_COLS] __attribute__((aligned(64)));
-    const long stride = inter - col < GROUP_COLS ? 0 : BLOCK * width, cols = stride ? GROUP_COLS : BLOCK;
-    product p = {.lda = width, .block_stride = stride, .k = width, .ldc = GROUP_COLS};
-    for (long row = t->first; row < t->last; row += GROUP_ROWS) {
-        p.a = w->gathered + row * width;
-        p.m = t->last - row < GROUP_ROWS ? t->last - row : GROUP_ROWS;
-        p.b = gate_up + (2 * t->expert * inter + col) * width, p.c = gate;
-        multiply(&p);
-        p.b += inter * width, p.c = up;
-        multiply(&p);
-        for (long r = 0; r < p.m; r++)
-            for (long j = 0; j < cols; j += BLOCK) {
-                long at = r * GROUP_COLS + j;
-                store16(w->hidden + (row + r) * inter + col + j, gated(_mm512_load_ps(gate + at), _mm512_load_ps(up + at)));
-            }
-    }
+    float gate[TASK_ROWS * GROUP_COLS] __attribute__((aligned(64))), up[TASK_ROWS * GROUP_COLS] __attribute__((aligned(64)));
+    const long cols = inter - col < GROUP_COLS ? BLOCK : GROUP_COLS, rows = t->last - t->first;
+    product p = {.a = w->gathered + t->first * width, .b = gate_up + (2 * t->expert * inter + col) * width, .lda = width,
+                 .block_stride = cols == GROUP_COLS ? BLOCK * width : 0, .m = rows, .k = width, .c = gate, .ldc = GROUP_COLS};
+    multiply_panel(p);
+    p.b += inter * width, p.c = up;
+    multiply_panel(p);
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < cols; j += BLOCK) {
+            const long at = r * GROUP_COLS + j;
+            store16(w->hidden + (t->first + r) * inter + col + j, gated(_mm512_load_ps(gate + at), _mm512_load_ps(up + at)));
+        }
 }
 
 // made[:, col : col + 32] for one task's rows, each to the place of its choice.
 static void project_down(const work *w, const task *t, const bf16 *down, long col, long width, long inter) {
-    float c[GROUP_ROWS * GROUP_COLS] __attribute__((aligned(64)));
-    const long stride = width - col < GROUP_COLS ? 0 : BLOCK * inter, cols = stride ? GROUP_COLS : BLOCK;
-    product p = {.b = down + (t->expert * width + col) * inter, .lda = inter, .block_stride = stride, .k = inter, .c = c,
-                 .ldc = GROUP_COLS};
-    for (long row = t->first; row < t->last; row += GROUP_ROWS) {
-        p.a = w->hidden + row * inter;
-        p.m = t->last - row < GROUP_ROWS ? t->last - row : GROUP_ROWS;
-        multiply(&p);
-        for (long r = 0; r < p.m; r++)
-            for (long j = 0; j < cols; j += BLOCK)
-                store16(w->made + w->order[row + r] * width + col + j, _mm512_load_ps(c + r * GROUP_COLS + j));
-    }
+    float c[TASK_ROWS * GROUP_COLS] __attribute__((aligned(64)));
+    const long cols = width - col < GROUP_COLS ? BLOCK : GROUP_COLS, rows = t->last - t->first;
+    multiply_panel((product){.a = w->hidden + t->first * inter, .b = down + (t->expert * width + col) * inter, .lda = inter,
+                             .block_stride = cols == GROUP_COLS ? BLOCK * inter : 0, .m = rows, .k = inter, .c = c,
+                             .ldc = GROUP_COLS});
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < cols; j += BLOCK)
+            store16(w->made + w->order[t->first + r] * width + col + j, _mm512_load_ps(c + r * GROUP_COLS + j));
 }
 
 // The weighted sum of what a token's experts made; shared experts weigh 1.

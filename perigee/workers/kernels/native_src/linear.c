@@ -40,35 +40,26 @@ static void round_rows(const float *c, const bf16 *bias, bf16 *y, long y_stride,
 }
 
 static void linear_group(const linear *l, long first, long last, long col) {
-    float c[GROUP_ROWS * GROUP_COLS] __attribute__((aligned(64)));
-    long cols = l->n - col < GROUP_COLS ? l->n - col : GROUP_COLS;
-    const bf16 *block = l->w + col * l->k;
-    // At the edge the one block that there is counts twice, and its second product is dropped.
-    product p = {.b = block, .lda = l->x_stride, .block_stride = cols == GROUP_COLS ? BLOCK * l->k : 0, .k = l->k, .c = c,
-                 .ldc = GROUP_COLS};
-    for (long row = first; row < last; row += GROUP_ROWS) {
-        p.a = l->x + row * l->x_stride;
-        p.m = last - row < GROUP_ROWS ? last - row : GROUP_ROWS;
-        multiply(&p);
-        round_rows(c, l->bias ? l->bias + col : NULL, l->y + row * l->y_stride + col, l->y_stride, p.m, cols);
-    }
+    float c[PANEL_ROWS * GROUP_COLS] __attribute__((aligned(64)));
+    const long cols = l->n - col < GROUP_COLS ? l->n - col : GROUP_COLS;
+    multiply_panel((product){.a = l->x + first * l->x_stride, .b = l->w + col * l->k, .lda = l->x_stride, .m = last - first,
+                             .block_stride = cols == GROUP_COLS ? BLOCK * l->k : 0, .k = l->k, .c = c, .ldc = GROUP_COLS});
+    round_rows(c, l->bias ? l->bias + col : NULL, l->y + first * l->y_stride + col, l->y_stride, last - first, cols);
 }
 
 // x [m, k], rows x_stride apart; w [n, k] packed; y [m, n], rows y_stride apart. `heads` such products, whose x and y lie
 // k and n further on each, as the heads of a token do, and whose w follow one another with w_stride between them.
 void perigee_linear(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long heads, long m, long n, long k, long x_stride,
                     long y_stride, long x_head, long y_head, long w_head) {
-    // So many rows of x stay in the second-level cache beside the columns that they meet.
-    const long rows = 128 * 512 / k > GROUP_ROWS ? 128 * 512 / k / GROUP_ROWS * GROUP_ROWS : GROUP_ROWS;
-    const long row_blocks = (m + rows - 1) / rows, col_blocks = (n + GROUP_COLS - 1) / GROUP_COLS;
+    const long row_blocks = (m + PANEL_ROWS - 1) / PANEL_ROWS, col_blocks = (n + GROUP_COLS - 1) / GROUP_COLS;
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(dynamic, m > GROUP_ROWS ? 4 : 2)
         for (long hr = 0; hr < heads * row_blocks; hr++)
             for (long cb = 0; cb < col_blocks; cb++) {
-                long h = hr / row_blocks, first = hr % row_blocks * rows;
+                long h = hr / row_blocks, first = hr % row_blocks * PANEL_ROWS;
                 linear l = {x + h * x_head, w + h * w_head, bias, y + h * y_head, x_stride, y_stride, n, k};
-                linear_group(&l, first, m - first < rows ? m : first + rows, cb * GROUP_COLS);
+                linear_group(&l, first, m - first < PANEL_ROWS ? m : first + PANEL_ROWS, cb * GROUP_COLS);
             }
         release_tiles();
     }

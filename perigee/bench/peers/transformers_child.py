@@ -1,7 +1,6 @@
-"""transformers, measured in a process of its own: prints its figures as JSON.
+"""transformers, measured in a process of its own: takes a job as JSON and prints its figures as JSON.
 
-Decode leaves the prompt's pass out, as ours does, and greedy tokens come from the same loop that its `generate` runs
-per token: one forward pass with the cache of the last.
+Greedy tokens come from the same loop that its `generate` runs per token: one forward pass with the cache of the last.
 """
 
 import json
@@ -12,15 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from perigee.bench.workload import DECODE_PROMPT_TOKENS, DECODE_TOKENS, measure, prompt
+from perigee.bench.workload import DECODE_PROMPT_TOKENS, DecodeTime, Sizes, decode_tokens, measure, prompt
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    sizes = Sizes(tuple(job["prefill"]), tuple(job["decode"]))
     with torch.inference_mode():
-        figures = measure(job["prefill"], job["decode"], lambda n: _prefill_s(model, n), lambda n: _decode_s(model, n))
+        figures = measure(sizes, lambda n: _prefill_s(model, n), lambda n: _decode_time(model, n))
     sys.stdout.write(json.dumps(figures.as_json()) + "\n")
 
 
@@ -31,15 +31,17 @@ def _prefill_s(model: Any, length: int) -> float:
     return time.perf_counter() - started
 
 
-def _decode_s(model: Any, streams: int) -> float:
+def _decode_time(model: Any, streams: int) -> DecodeTime:
     prompts = [prompt(DECODE_PROMPT_TOKENS, model.config.vocab_size, salt) for salt in range(streams)]
-    output = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
     started = time.perf_counter()
-    for _ in range(DECODE_TOKENS - 1):
+    output = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+    first_s = time.perf_counter()
+    steps = decode_tokens(streams) - 1
+    for _ in range(steps):
         tokens = output.logits[:, -1:].argmax(-1)
         output = model(tokens, past_key_values=output.past_key_values, use_cache=True)
     output.logits[:, -1:].argmax(-1)
-    return time.perf_counter() - started
+    return DecodeTime(first_s - started, time.perf_counter() - first_s, streams * steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Perigee's own policy: the block that is expected to be hit least, per time that it would stay, goes first."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.evict.returns import AGE_STARTS, HORIZON, NUM_AGES, ReturnTimes
+
+_EPOCHS = 64
+"""Epochs in which as many blocks are committed as the arena holds."""
+_EPOCHS_PER_LESSON = 8
+"""How often the ranking is computed anew."""
+_MAX_USES = 4
+"""Blocks used more often than this are alike."""
+_NUM_CLASSES = 2 * _MAX_USES
+_PARTIAL = _NUM_CLASSES * NUM_AGES
+"""The cell of partial blocks, after those of every class and age."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A block that is resident, or was less than HORIZON epochs ago. The policy owns and fills it."""
+
+    key: BlockKey
+    uses: int = 0
+    has_grown: bool = False  # had a child at some time: the tail of a prompt hardly ever returns
+    epoch: int = 0  # of the last use
+    age: int = 0  # the bracket of ages that it has reached
+    klass: int = 0
+    resident: bool = False
+    partial: bool = False
+    cell: int | None = None  # while it may be evicted
+
+
+class HitDensity:
+    """Blocks of one class and age make a cell; victims come from the cell of the least hit density, oldest first.
+
+    A class is how often a block was used and whether a prompt ever went on after it. How soon the blocks of a class
+    return is learned online, also from blocks that were evicted and came back: their names are kept while as many
+    blocks are committed as eight arenas hold, so about 300 bytes for each of at most eight times the blocks.
+
+    A use costs O(1), and so does each of the brackets of ages that the block passes until the next one.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._commits_per_epoch = max(1, num_blocks // _EPOCHS)
+        self._num_commits = 0
+        self._epoch = 0
+        self._tracked: dict[BlockKey, _Tracked] = {}
+        # The blocks used in each epoch, the last one at the end; those used again since are skipped when met.
+        self._used: deque[list[_Tracked]] = deque([[]], maxlen=HORIZON + 1)
+        self._returns = ReturnTimes(_NUM_CLASSES)
+        self._cells: list[dict[BlockKey, _Tracked]] = [{} for _ in range(_PARTIAL + 1)]
+        self._cell_at: list[int] = []  # cells from the first to give up
+        self._rank: list[int] = [0] * (_PARTIAL + 1)  # the reverse
+        self._filled = 0  # bit r: the cell of rank r has blocks
+        self._rank_cells()
+
+    def use(self, key: BlockKey, now: float, parent: BlockKey) -> None:
+        block = self._tracked.get(key)
+        if block:
+            self._returns.returned(block.klass, block.age)
+        else:
+            block = self._tracked[key] = _Tracked(key)
+        if not block.resident:
+            block.resident = True
+            self._count_commit()
+        block.uses += 1
+        block.epoch, block.age, block.klass = self._epoch, 0, _class_of(block)
+        self._returns.reached(block.klass, 0)
+        self._used[-1].append(block)
+        self._place_again(block)
+        self._grow(parent)
+
+    def allow(self, key: BlockKey, partial: bool) -> None:
+        block = self._tracked[key]
+        block.partial = partial
+        self._place(block)
+
+    def forbid(self, key: BlockKey) -> None:
+        block = self._tracked.get(key)
+        if block:
+            self._displace(block)
+
+    def pop(self) -> BlockKey | None:
+        if not self._filled:
+            return None
+        lowest = (self._filled & -self._filled).bit_length() - 1
+        block = next(iter(self._cells[self._cell_at[lowest]].values()))
+        self._displace(block)
+        block.resident = False
+        if block.age == NUM_AGES - 1:
+            del self._tracked[block.key]
+        return block.key
+
+    def _grow(self, key: BlockKey) -> None:
+        """The block has a child."""
+        block = self._tracked.get(key)
+        if block and not block.has_grown:
+            block.has_grown = True
+            old, block.klass = block.klass, _class_of(block)
+            self._returns.reclassed(old, block.klass, block.age)
+            self._place_again(block)
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def _count_commit(self) -> None:
+        self._num_commits += 1
+        if self._num_commits % self._commits_per_epoch == 0:
+            self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        self._used.append([])
+        for age, start in enumerate(AGE_STARTS[1:], 1):
+            if start > self._epoch:
+                break
+            self._used[-1 - start] = [block for block in self._used[-1 - start] if self._has_aged(block, age)]
+        if self._epoch % _EPOCHS_PER_LESSON == 0:
+            self._rank_cells()
+            self._returns.fade()
+
+    def _has_aged(self, block: _Tracked, age: int) -> bool:
+        """Whether the block, met where it was used, was not used since. If so, it has reached `age`."""
+        if self._epoch - block.epoch != AGE_STARTS[age] or block.age != age - 1:
+            return False
+        block.age = age
+        self._returns.reached(block.klass, age)
+        self._place_again(block)
+        if age == NUM_AGES - 1 and not block.resident:
+            del self._tracked[block.key]
+        return True
+
+    # ---- cells ---------------------------------------------------------------------------------------------------
+
+    def _rank_cells(self) -> None:
+        """Orders the cells by what has been learned; equals by age, the oldest first."""
+        cells = [
+            (density, -age, klass * NUM_AGES + age)
+            for klass, densities in enumerate(self._returns.densities())
+            for age, density in enumerate(densities)
+        ]
+        self._cell_at = [_PARTIAL, *(cell for _, _, cell in sorted(cells))]
+        for rank, cell in enumerate(self._cell_at):
+            self._rank[cell] = rank
+        self._filled = sum(1 << rank for rank, cell in enumerate(self._cell_at) if self._cells[cell])
+
+    def _place(self, block: _Tracked) -> None:
+        block.cell = _PARTIAL if block.partial else block.klass * NUM_AGES + block.age
+        self._cells[block.cell][block.key] = block
+        self._filled |= 1 << self._rank[block.cell]
+
+    def _displace(self, block: _Tracked) -> None:
+        if block.cell is None:
+            return
+        cell = self._cells[block.cell]
+        del cell[block.key]
+        if not cell:
+            self._filled &= ~(1 << self._rank[block.cell])
+        block.cell = None
+
+    def _place_again(self, block: _Tracked) -> None:
+        """Its class or age has changed."""
+        if block.cell is not None:
+            self._displace(block)
+            self._place(block)
+
+
+def _class_of(block: _Tracked) -> int:
+    return 2 * (min(block.uses, _MAX_USES) - 1) + block.has_grown

@@ -1,0 +1,191 @@
+"""Blocks on their way: from SSD or another node into the arena, and from the arena to SSD.
+
+Each move holds its slot in a group of the node's own until its job has ended, so a slot that is being written is never
+reused and a block that is being read is never evicted. What comes is committed like what a worker wrote; the group then
+keeps it until `settle`, by when whoever waited for it has a lease of its own.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.errors import InvalidRequest
+from perigee.kvstore.index import NODE, Block, BlockIndex, GroupId
+from perigee.kvstore.jobs import CancelPull, Expected, Job, Load, Pull, Spill
+from perigee.kvstore.messages import CommittedBlock, Reservation
+from perigee.kvstore.records import Location, Record
+
+
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    key: BlockKey
+    group: GroupId
+    reservation: Reservation
+
+
+class _Load(NamedTuple):
+    incoming: _Incoming
+    location: Location
+
+
+@dataclass(slots=True)
+class Pulling:
+    """A pull under way. `expected` are, by place, the blocks that have not come yet."""
+
+    job: int
+    source: str
+    deadline: float
+    expected: dict[int, _Incoming] = field(default_factory=dict)
+    cancelled: bool = False
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        return [incoming.key for incoming in self.expected.values()]
+
+    def may_repeat(self, source: str, deadline: float, broken: bool) -> bool:
+        """Whether who waits until `deadline` should pull from `source` what this pull, which has ended, did not bring:
+        if that is another node, or the wait would have been longer.
+        """
+        if not source:
+            return False
+        ended_early = self.cancelled or (not broken and deadline > self.deadline)
+        return source != self.source or ended_early
+
+
+@dataclass(frozen=True, slots=True)
+class _Spilling:
+    group: GroupId
+    block: Block
+
+
+class Moves:
+    """What is under way in the arena of `index`, and the jobs that have not been taken to be carried out."""
+
+    def __init__(self, index: BlockIndex) -> None:
+        self._index = index
+        self._numbers = itertools.count(1)
+        self._jobs: list[Job] = []
+        self._loads: dict[int, _Load] = {}
+        self._pulls: dict[int, Pulling] = {}
+        self._spills: dict[int, _Spilling] = {}
+        self._loading: dict[BlockKey, int] = {}
+        self._pulled_by: dict[BlockKey, Pulling] = {}
+        self._arrived: list[GroupId] = []
+
+    def take_jobs(self) -> list[Job]:
+        """Those that were asked for since the last call, in order."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def ask(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def new_group(self) -> GroupId:
+        """A group of the node's own."""
+        return GroupId(NODE, next(self._numbers))
+
+    @property
+    def num_spills(self) -> int:
+        return len(self._spills)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._loads or self._pulls or self._spills)
+
+    # ---- from SSD ------------------------------------------------------------------------------------------------
+
+    def is_loading(self, key: BlockKey) -> bool:
+        return key in self._loading
+
+    def load(self, record: Record, location: Location) -> None:
+        """Begins to load a block. There must be room for it."""
+        job = next(self._numbers)
+        incoming = self._reserve(record.key, record.parent)
+        self._loads[job] = _Load(incoming, location)
+        self._loading[record.key] = job
+        self._jobs.append(Load(job, record.key, incoming.reservation.slot, location))
+
+    def loaded(self, job: int, record: Record | None, now: float) -> tuple[BlockKey, Location, bool]:
+        """What was loaded from where, and whether it came. None stands for a record that could not be read."""
+        incoming, location = self._loads.pop(job)
+        del self._loading[incoming.key]
+        self._arrived.append(incoming.group)
+        came = record is not None and self._commit(incoming, record.num_tokens, record.origin, now)
+        return incoming.key, location, came
+
+    # ---- from another node ---------------------------------------------------------------------------------------
+
+    def pulled_by(self, key: BlockKey) -> Pulling | None:
+        """The pull that is to bring this block."""
+        return self._pulled_by.get(key)
+
+    def pull(self, source: str, wanted: Sequence[tuple[BlockKey, BlockKey]], wait_s: float, now: float) -> None:
+        """Begins to pull blocks, pairs of key and parent. There must be room for them."""
+        pulling = Pulling(next(self._numbers), source, now + wait_s)
+        expected = []
+        for place, (key, parent) in enumerate(wanted):
+            incoming = pulling.expected[place] = self._reserve(key, parent)
+            self._pulled_by[key] = pulling
+            expected.append(Expected(key, incoming.reservation.slot))
+        self._pulls[pulling.job] = pulling
+        self._jobs.append(Pull(pulling.job, source, tuple(expected), wait_s))
+
+    def pulled(self, job: int, place: int, num_tokens: int, origin: int, now: float) -> tuple[BlockKey, bool]:
+        """The key of a block that a pull brought, and whether it is what a block may be."""
+        incoming = self._pulls[job].expected.pop(place)
+        del self._pulled_by[incoming.key]
+        self._arrived.append(incoming.group)
+        return incoming.key, self._commit(incoming, num_tokens, origin, now)
+
+    def cancel(self, pulling: Pulling) -> None:
+        if not pulling.cancelled:
+            pulling.cancelled = True
+            self._jobs.append(CancelPull(pulling.job))
+
+    def pull_ended(self, job: int) -> Pulling:
+        """The pull that ended, with what it did not bring."""
+        pulling = self._pulls.pop(job)
+        for incoming in pulling.expected.values():
+            del self._pulled_by[incoming.key]
+            self._arrived.append(incoming.group)
+        return pulling
+
+    # ---- to SSD --------------------------------------------------------------------------------------------------
+
+    def spill(self, victim: Block) -> None:
+        """Begins to write a victim of the index to SSD."""
+        job, group = next(self._numbers), self.new_group()
+        self._index.leave(group, victim)
+        self._spills[job] = _Spilling(group, victim)
+        record = Record(victim.key, victim.parent, victim.num_tokens, victim.origin)
+        self._jobs.append(Spill(job, victim.slot, record))
+
+    def spilled(self, job: int) -> BlockKey:
+        """What was spilled. It has left the arena, unless somebody wanted it meanwhile."""
+        spilling = self._spills.pop(job)
+        self._index.left(spilling.group, spilling.block)
+        return spilling.block.key
+
+    # ---- slots ---------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Lets go of the blocks that arrived, and of the slots of those that did not."""
+        for group in self._arrived:
+            self._index.release(group)
+        self._arrived.clear()
+
+    def _reserve(self, key: BlockKey, parent: BlockKey) -> _Incoming:
+        group = self.new_group()
+        return _Incoming(key, group, self._index.reserve(group, key, parent))
+
+    def _commit(self, incoming: _Incoming, num_tokens: int, origin: int, now: float) -> bool:
+        reservation = incoming.reservation
+        try:
+            self._index.commit(
+                incoming.group, [CommittedBlock(reservation.slot, reservation.nonce, num_tokens, origin)], now
+            )
+        except InvalidRequest:  # whole, but not a block of this node's model
+            return False
+        return True

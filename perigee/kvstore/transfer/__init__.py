@@ -1,0 +1,1 @@
+"""Blocks from one store node to another: one interface, and what moves the bytes behind it."""

@@ -1,0 +1,71 @@
+"""Store nodes with SSD tiers and peers, in the test's event loop, and what their workers do."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from perigee.kvstore import node
+from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.client import LeasedBlock, LeaseGroup, StoreClient
+from perigee.kvstore.config import StoreConfig
+from tests.kvstore import payloads
+from tests.kvstore.conftest import NUM_SLOTS, PAYLOAD_BYTES, HostedDirectory, RunningNode
+from tests.kvstore.keys import ROOT
+
+WAIT_S = 60.0  # for what must come; nothing here waits that long
+
+
+def config_of(
+    directory: HostedDirectory, folder: Path, name: str, *, ssd: bool = False, **fields: object
+) -> StoreConfig:
+    """A node with `NUM_SLOTS` slots and, with `ssd`, room for some hundred records in `folder`/`name`."""
+    if ssd:
+        (folder / name).mkdir(exist_ok=True)
+    values = {
+        "id": name,
+        "socket": folder / f"{name}.sock",
+        "directory": directory.target,
+        "dram_bytes": NUM_SLOTS * PAYLOAD_BYTES,
+        "ssd_folder": folder / name if ssd else None,
+        "ssd_bytes": 2 << 20,
+        "free_share": 0.5,
+        **fields,
+    }
+    return StoreConfig.model_validate(values)
+
+
+@contextlib.asynccontextmanager
+async def running(config: StoreConfig, directory: HostedDirectory) -> AsyncIterator[RunningNode]:
+    """A node that has joined, and has left again afterwards."""
+    serving = asyncio.create_task(node.run(config))
+    members = await directory.until(lambda members: config.id in {member.id for member in members})
+    (member,) = [member for member in members if member.id == config.id]
+    try:
+        yield RunningNode(config, member)
+    finally:
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+        await directory.until(lambda members: config.id not in {member.id for member in members})
+
+
+async def put(client: StoreClient, keys: Sequence[BlockKey], parent: BlockKey = ROOT) -> LeaseGroup:
+    """Commits what is not there; the group has it all leased."""
+    group = client.group()
+    acquired = await group.acquire(keys, parent, WAIT_S)
+    await group.commit([payloads.write(client, reservation) for reservation in acquired.reserved])
+    return group
+
+
+async def get(
+    client: StoreClient, keys: Sequence[BlockKey], source: str = "", wait_s: float = WAIT_S
+) -> list[LeasedBlock]:
+    """All blocks, by index, checked to the last byte. Raises BlocksMissing."""
+    group = client.group()
+    try:
+        blocks = [block async for batch in group.fetch(keys, wait_s, source, ROOT) for block in batch]
+        assert all(payloads.is_intact(client.payload(block.slot), block.index) for block in blocks)
+    finally:
+        group.release()
+    return sorted(blocks, key=lambda block: block.index)
