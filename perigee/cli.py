@@ -108,6 +108,14 @@ COMMANDS = (
         serves=False,
     ),
     Command(
+        "bench moba",
+        "prefill with block-sparse attention beside full attention",
+        "perigee.bench.moba:MobaBenchConfig",
+        "perigee.bench.moba:run",
+        errors=("perigee.workers.model.errors:ModelError", "perigee.bench.errors:BenchError"),
+        serves=False,
+    ),
+    Command(
         "bench store",
         "how fast blocks move, beside what the machine can do at the most",
         "perigee.bench.store:StoreBenchConfig",

@@ -5,18 +5,19 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
-from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationError, field_validator
 
 from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.addresses import ClusterProcess
 from perigee.kvstore.blocks import DType
-from perigee.kvstore.config import StoreConfig
+from perigee.kvstore.config import StoreConfig, TransferName
 from perigee.scheduler.config import ConductorConfig
 from perigee.scheduler.scheduler_pb2 import ClusterRequest
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
@@ -46,9 +47,11 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     )
     served_model_name: str | None = Field(None, description="what the API calls it, if not by the name it came with")
     nodes: int = Field(1, ge=1, description="number of store nodes; between them blocks go over TCP, as between hosts")
+    transfer: TransferName = Field("tcp", description="what moves blocks between the store nodes")
     prefill: int = Field(1, ge=1, description="number of prefill workers of each store node")
     decode: int = Field(1, ge=1, description="number of decode workers of each store node")
     dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
+    moba: str = Field(_WORKER["moba"].default, description=_WORKER["moba"].description)
     block_tokens: int = Field(
         _WORKER["block_tokens"].default, ge=1, description="tokens a KVCache block, a power of two"
     )
@@ -100,9 +103,10 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     port = _free_port(config.host, config.port)
     model = await _resolve(config)
     _make_folders(config)
+    config, environment = _with_secret(config)
     with run_directory() as directory:
         specs = _checked(plan(config, port, model, directory, process_flags))
-        async with Children(directory, config.grace_s) as children:
+        async with Children(directory, config.grace_s, environment) as children:
             for spec in specs:
                 await children.start(spec)
             ready = asyncio.create_task(_announce(config, port, conductor_target(directory)))
@@ -149,10 +153,23 @@ def _store(config: UpConfig, directory: Path, index: int) -> StoreConfig:
         listen=f"unix:{directory}/{name}.grpc.sock",
         socket=directory / f"{name}.sock",
         directory=conductor_target(directory),
+        cluster_secret=config.cluster_secret,
+        transfer=config.transfer,
         dram_bytes=config.dram_bytes,
         ssd_folder=config.ssd_folder / name if config.ssd_folder else None,
         ssd_bytes=config.ssd_bytes,
     )
+
+
+def _with_secret(config: UpConfig) -> tuple[UpConfig, dict[str, str]]:
+    """Several nodes reach each other over TCP, as others on this machine could: they get a secret if they have none.
+
+    Returns what the environment of all processes must say of it, which inherit one that was given.
+    """
+    if config.cluster_secret or config.nodes == 1:
+        return config, {}
+    secret = secrets.token_hex(32)
+    return config.model_copy(update={"cluster_secret": SecretStr(secret)}), {"PERIGEE_CLUSTER_SECRET": secret}
 
 
 def _make_folders(config: UpConfig) -> None:
@@ -180,6 +197,7 @@ def _workers(config: UpConfig, model: Path, directory: Path, stores: Sequence[St
                 store_id=store.id,
                 directory=store.directory,
                 dtype=config.dtype,
+                moba=config.moba,
                 block_tokens=config.block_tokens,
                 kv_tokens=config.kv_tokens,
                 max_batched_tokens=config.max_batched_tokens,

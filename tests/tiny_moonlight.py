@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+)
 
 BASE: dict[str, Any] = {
     "vocab_size": 640,
@@ -37,12 +43,15 @@ BASE: dict[str, Any] = {
 }
 
 
-def write(directory: Path, seed: int = 0, version: int = 3, dtype: str = "float32", **changes: Any) -> Path:
-    """Writes config.json and sharded safetensors of `BASE` with `changes`; returns `directory`."""
-    torch.manual_seed(seed)
+def write(directory: Path, version: int = 3, dtype: str = "float32", head_scale: float = 4, **changes: Any) -> Path:
+    """Writes config.json and sharded safetensors of `BASE` with `changes`; returns `directory`.
+
+    `head_scale` is about how far logits are from their mean: the farther, the clearer is which token is likeliest.
+    """
+    torch.manual_seed(0)
     model = _model(version, changes)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        _initialise(name, tensor)
+        _initialise(name, tensor, head_scale)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size="1MB")
     # Keys that published configurations carry, but transformers leaves out.
     published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} if version == 3 else {}
@@ -58,12 +67,12 @@ def _model(version: int, changes: dict[str, Any]) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _initialise(name: str, tensor: torch.Tensor) -> None:
+def _initialise(name: str, tensor: torch.Tensor, head_scale: float) -> None:
     """Weights scaled by fan-in, so that activations keep their size and the logits are far from flat."""
     if name.endswith("e_score_correction_bias"):
         tensor.normal_(std=0.2)
     elif name.endswith("lm_head.weight"):
-        tensor.normal_(std=4 * tensor.shape[-1] ** -0.5)
+        tensor.normal_(std=head_scale * tensor.shape[-1] ** -0.5)
     elif "norm" in name:
         tensor.uniform_(0.5, 1.5)
     elif "embed" in name:

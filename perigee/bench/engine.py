@@ -18,8 +18,7 @@ from perigee.bench.peers.llama_cpp import LlamaCpp
 from perigee.bench.peers.transformers_peer import Transformers
 from perigee.bench.peers.vllm_peer import Vllm
 from perigee.bench.report import Report, publish
-from perigee.bench.workload import Figures, Job, Sizes, best
-from perigee.workers.model.checkpoint import resolve
+from perigee.bench.workload import Figures, Job, Sizes, best, directory_of
 from perigee.workers.model.config import ModelConfig, load_config
 from perigee.workers.model.moonlight_config import MoonlightConfig
 
@@ -52,7 +51,7 @@ def run(config: EngineBenchConfig) -> int:
     """Measures, and shows the results. Raises BenchError if a peer that was asked for fails."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    directory = _directory(config)
+    directory = directory_of(config.model, config.dtype)
     model = load_config(directory)
     job = Job(directory, config.dtype, torch.get_num_threads(), _sizes(config, model))
     notes = list(_notes(config, job.sizes, model))
@@ -62,12 +61,6 @@ def run(config: EngineBenchConfig) -> int:
         report = _measure(job, model, _peers(config, job, model, Path(scratch)), config.rounds, notes)
     publish(report, config.json_file)
     return 0
-
-
-def _directory(config: EngineBenchConfig) -> Path:
-    """The checkpoint's. Other than for serving, it needs no tokenizer."""
-    path = Path(config.model).expanduser()
-    return path.resolve() if (path / "config.json").is_file() else resolve(config.model, config.dtype)
 
 
 def _sizes(config: EngineBenchConfig, model: ModelConfig) -> Sizes:

@@ -19,8 +19,11 @@ from perigee.workers.engine.sequence import Ref, Sampling, Sequence
 from perigee.workers.loading import load_engine
 from perigee.workers.model.config import ModelConfig
 
+# Of one step: what vLLM is given here, too.
+MAX_BATCHED_TOKENS = 4096
 
-def load(job: Job, model: ModelConfig) -> Engine:
+
+def load(job: Job, model: ModelConfig, max_batched_tokens: int = MAX_BATCHED_TOKENS) -> Engine:
     """An engine with a worker's settings and as much KVCache as the job needs."""
     worker = WorkerConfig(
         id="bench",
@@ -31,6 +34,7 @@ def load(job: Job, model: ModelConfig) -> Engine:
         dtype=job.dtype,
         threads=job.threads,
         kv_tokens=job.sizes.kv_tokens,
+        max_batched_tokens=max_batched_tokens,
         max_sequences=max((1, *job.sizes.decode)),
     )
     return load_engine(job.directory, model, worker)
@@ -38,10 +42,11 @@ def load(job: Job, model: ModelConfig) -> Engine:
 
 def measure_engine(engine: Engine, sizes: Sizes) -> Figures:
     """One round."""
-    return measure(sizes, lambda length: _prefill_s(engine, length), lambda streams: _decode_time(engine, streams))
+    return measure(sizes, lambda length: prefill_s(engine, length), lambda streams: _decode_time(engine, streams))
 
 
-def _prefill_s(engine: Engine, length: int) -> float:
+def prefill_s(engine: Engine, length: int) -> float:
+    """Seconds from the first step of a prompt of `length` tokens to its last."""
     _add(engine, [prompt(length, _vocab_size(engine))], max_tokens=1)
     started = time.perf_counter()
     _finish(engine)

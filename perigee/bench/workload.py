@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from perigee.kvstore.blocks import DType
+from perigee.workers.model.checkpoint import resolve
 
 Time = TypeVar("Time")
 
@@ -138,3 +139,9 @@ def _total_s(time: DecodeTime) -> float:
 
 def _best(rates: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {size: max(run[size] for run in rates) for size in rates[0]}
+
+
+def directory_of(model: str, dtype: DType) -> Path:
+    """A checkpoint's directory, as `perigee up` finds it; but other than for serving, it needs no tokenizer."""
+    path = Path(model).expanduser()
+    return path.resolve() if (path / "config.json").is_file() else resolve(model, dtype)

@@ -28,9 +28,14 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
         description="the cluster's directory: a gRPC target, or redis://host:port/0?prefix=NAME"
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of weights and KVCache")
+    moba: str = Field(
+        default="",
+        description="block-sparse attention, such as block_size=512,top_k=3 (further full_layers, min_length, and "
+        "decode, which is full or moba), or off; default: as the checkpoint says",
+    )
     block_tokens: int = Field(default=32, ge=1, description="tokens a KVCache block, a power of two")
     kv_tokens: int = Field(default=65536, ge=1, description="tokens that the KV pool holds")
-    max_batched_tokens: int = Field(default=1024, ge=1, description="tokens a step may compute")
+    max_batched_tokens: int = Field(default=2048, ge=1, description="tokens a step may compute")
     max_sequences: int = Field(default=32, ge=1, description="sequences that may hold pages at once")
     max_context: int = Field(default=0, ge=0, description="positions a sequence may have; 0: as many as the model has")
     threads: int = Field(default=0, ge=0, description="CPU threads a step uses; 0: all cores")

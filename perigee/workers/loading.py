@@ -30,7 +30,8 @@ def model_card(directory: Path, model: ModelConfig, config: WorkerConfig) -> Mod
         dtype=config.dtype,
         layout_version=LAYOUT_VERSION,
         block_tokens=config.block_tokens,
-        attention="dense",
+        # It changes what deeper layers cache.
+        attention=model.moba.describe() if model.moba else "dense",
     )
     return ModelCard(
         name=config.served_model_name or Path(config.model).name.removesuffix(".gguf"),
@@ -58,7 +59,9 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
     num_pages = num_blocks(config.kv_tokens, config.block_tokens)
     # A tokenizer may know tokens that the model has no logits for.
     eos = frozenset(token for token in eos_token_ids(directory) if token < model.vocab_size)
-    pool = KVPool(model.payload_layout(config.dtype, config.block_tokens), num_pages)
+    pool = KVPool(
+        model.payload_layout(config.dtype, config.block_tokens), num_pages, with_centroids=model.moba is not None
+    )
     runner = Runner(load_model(directory, model, config.dtype), pool, eos)
     limits = BatchLimits(
         max_batched_tokens=config.max_batched_tokens,

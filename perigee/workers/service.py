@@ -91,7 +91,9 @@ class WorkerService(WorkerServicer):
 async def run(config: WorkerConfig) -> None:
     """Serves until cancelled, or until the engine or the store node is gone: then it raises."""
     directory = resolve(config.model, config.dtype)
-    model = load_config(directory)
+    model = load_config(directory, config.moba)
+    if model.moba:
+        model.moba.check(config.block_tokens, model.num_layers)
     incarnation = secrets.token_hex(8)
     payload_bytes = model.payload_layout(config.dtype, config.block_tokens).payload_bytes
     store = await _connect(config, incarnation, payload_bytes)

@@ -1,12 +1,17 @@
 """Engines for tests: built from a checkpoint, driven to the end."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from perigee.kvstore.blocks import chain, num_blocks
 from perigee.workers.config import WorkerConfig
 from perigee.workers.engine.batcher import Active
-from perigee.workers.engine.engine import Engine
+from perigee.workers.engine.engine import Engine, StepResult
 from perigee.workers.engine.sequence import Ref, Sampling, Sequence
 from perigee.workers.loading import load_engine
 from perigee.workers.model.config import load_config
@@ -15,7 +20,7 @@ BLOCK_TOKENS = 32
 ROOT = bytes(32)
 
 
-def engine(directory: Path, **limits: int) -> Engine:
+def engine(directory: Path, moba: str = "", **limits: int) -> Engine:
     """A float32 engine of the checkpoint in `directory`."""
     config = WorkerConfig(
         id="test",
@@ -27,7 +32,7 @@ def engine(directory: Path, **limits: int) -> Engine:
         block_tokens=BLOCK_TOKENS,
         **limits,
     )
-    return load_engine(directory, load_config(directory), config)
+    return load_engine(directory, load_config(directory, moba), config)
 
 
 def sequence(token_ids: Items[int], name: str = "r", **sampling: object) -> Sequence:
@@ -38,17 +43,36 @@ def sequence(token_ids: Items[int], name: str = "r", **sampling: object) -> Sequ
 
 def run(engine: Engine, sequences: Items[Sequence]) -> list[list[int]]:
     """Generates all of them in one batch: the output tokens of each."""
+    actives = {chunk.active.ref: chunk.active for step in _steps(engine, sequences) for chunk in step.chunks}
+    return [actives[one.ref].token_ids[one.prompt_len :] for one in sequences]
+
+
+def logits(engine: Engine, sequences: Items[Sequence]) -> list[tuple[list[int], Tensor]]:
+    """Generates all of them in one batch: the tokens of each, and the logits after each but the last."""
+    model = engine.runner.model
+    made: list[Tensor] = []
+    hidden: dict[Ref, list[Tensor]] = defaultdict(list)
+    actives: dict[Ref, Active] = {}
+    hook = model.register_forward_hook(lambda module, arguments, output: made.append(output))
+    for step in _steps(engine, sequences):
+        rows = torch.split(made.pop(), [chunk.length for chunk in step.chunks])
+        for chunk, own in zip(step.chunks, rows, strict=True):
+            actives[chunk.active.ref] = chunk.active
+            hidden[chunk.active.ref].append(own)
+    hook.remove()
+    return [(actives[one.ref].token_ids, model.logits(torch.cat(hidden[one.ref]))) for one in sequences]
+
+
+def _steps(engine: Engine, sequences: Items[Sequence]) -> Iterator[StepResult]:
     for one in sequences:
         engine.batcher.add(one, one_token=False)
-    active: dict[Ref, Active] = {}
-    while len(active) < len(sequences) or engine.batcher.has_work:
+    while engine.batcher.has_work or engine.batcher.waiting:
         for admitted in engine.batcher.admit():
-            active[admitted.ref] = admitted
             engine.ready(admitted, 0)
-        engine.step()
-        for done in [a for a in engine.batcher.active.values() if a.finish_reason]:
+        if step := engine.step():
+            yield step
+        for done in [active for active in engine.batcher.active.values() if active.finish_reason]:
             engine.batcher.remove(done.ref)
-    return [active[one.ref].token_ids[one.prompt_len :] for one in sequences]
 
 
 def run_cached(source: Engine, target: Engine, one: Sequence) -> list[int]:

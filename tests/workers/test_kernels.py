@@ -199,6 +199,22 @@ def test_experts_equal_the_sum_over_every_choice(unit: str, tokens: int, chosen:
     assert torch.allclose(plain, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("unit", [*KERNELS, "torch"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_an_expert_is_computed_for_nobody_but_who_chose_it(unit: str, tokens: int) -> None:
+    kernels = KERNELS.get(unit, REFERENCE)
+    gate_up, down = matrix(4, 64, 64), matrix(4, 64, 32, seed=1)
+    poisoned = 2
+    gate_up[poisoned], down[poisoned] = torch.nan, torch.nan
+    matrices = kernels.matrices(gate_up, down)
+    experts = torch.tensor([[0, 1]]).repeat(tokens, 1)
+    chosen = Chosen(experts, torch.ones(tokens, 2), num_shared=1)
+    assert kernels.experts(random(tokens, 64), chosen, *matrices).isfinite().all()
+    experts[-1, 1] = poisoned
+    out = kernels.experts(random(tokens, 64), chosen, *matrices)
+    assert out[:-1].isfinite().all() and out[-1].isnan().all()
+
+
 @needs_native
 @both_units
 @settings(max_examples=60, deadline=None)

@@ -80,7 +80,7 @@ async def _worker(site: Site, role: Role, name: str) -> AsyncIterator[Worker]:
         role=role,
         model=str(site.model),
         store=site.folder / "store.sock",
-        directory="",
+        directory=f"unix:{site.folder}/nobody.sock",
         dtype="float32",
         block_tokens=BLOCK_TOKENS,
         kv_tokens=PAGES * BLOCK_TOKENS,

@@ -1,46 +1,13 @@
-"""Full causal attention with torch, on any device."""
+"""Full causal attention in torch."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perigee.workers.attention.base import Span, StepBatch
-from perigee.workers.kernels.base import Kernels
+from perigee.workers.attention.base import Span
 
 
-class DenseAttention:
-    """Scaled dot-product attention, one sequence at a time, over contiguous views of the pool where there are."""
-
-    def __init__(self, num_kv_heads: int, head_dim: int, kernels: Kernels) -> None:
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.kernels = kernels
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: StepBatch) -> Tensor:
-        """See `Attention.attend`."""
-        if (
-            batch.decode
-            and (attended := self.kernels.attend_decode(q, keys, values, batch.decode, self.head_dim**-0.5)) is not None
-        ):
-            return attended
-        if len(batch.spans) == 1:
-            return self._attend_span(q, keys, values, batch.spans[0])
-        out = torch.empty_like(q)
-        for span in batch.spans:
-            own = slice(span.first, span.first + span.length)
-            out[own] = self._attend_span(q[own], keys, values, span)
-        return out
-
-    def _attend_span(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-        heads = (-1, self.num_kv_heads, self.head_dim)
-        k, v = keys[span.pool_rows].view(heads), values[span.pool_rows].view(heads)
-        scale = self.head_dim**-0.5
-        attended = self.kernels.attend_chunk(q, k, v, span.start, scale)
-        return attend_span(q, k, v, span, scale) if attended is None else attended
-
-
-def attend_span(q: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
-    """Causal attention of one sequence's part of a step, in torch.
+def attend_dense(q: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
+    """Full causal attention of one sequence's part of a step, in torch, on any device.
 
     q: [length, heads, head_dim]; keys: [context, kv_heads, head_dim]; values: [context, kv_heads, value_dim]. Returns
     [length, heads, value_dim].

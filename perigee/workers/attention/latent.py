@@ -12,10 +12,12 @@ first, and each score then costs a third.
 import torch
 from torch import Tensor, nn
 
-from perigee.workers.attention.base import Span, StepBatch
-from perigee.workers.attention.dense import attend_span
+from perigee.workers.attention.base import LayerCache, Span, StepBatch
+from perigee.workers.attention.chunks import ChunkAttention, with_shared
+from perigee.workers.attention.decode import attend_decode
 from perigee.workers.kernels.base import Kernels, Matrix
 from perigee.workers.model.layers import Prepared
+from perigee.workers.model.moba_config import MobaConfig
 from perigee.workers.model.moonlight_config import MoonlightConfig
 
 
@@ -43,43 +45,43 @@ class UpProjection(Prepared):
 
 
 class LatentAttention:
-    """Full causal attention over latents, on any device."""
+    """Causal attention over latents, on any device."""
 
-    def __init__(self, config: MoonlightConfig, kernels: Kernels) -> None:
+    def __init__(self, config: MoonlightConfig, kernels: Kernels, moba: MobaConfig | None) -> None:
         self.config = config
         self.kernels = kernels
+        self.chunks = ChunkAttention(config.score_scale, kernels, moba)
 
-    def attend(self, q: Tensor, latents: Tensor, up: UpProjection, batch: StepBatch) -> Tensor:
-        """Causal attention of every token to its own sequence, itself included.
-
-        q: [tokens, heads, nope_dim + rope_dim], rotated; latents: the layer's pool, [rows, rank + rope_dim], in which
-        the step's own tokens are written already. Returns [tokens, heads, value_dim].
-        """
+    def attend(self, q: Tensor, cache: LayerCache, up: UpProjection, batch: StepBatch) -> Tensor:
+        """As `Attention.attend`: q is [tokens, heads, nope_dim + rope_dim], rotated; what is cached of a token are its
+        latent and its rotated key, [rank + rope_dim]."""
+        cache.summarise(batch.full_pages)
         if batch.decode:
-            absorbed = self._absorb(q, up)
-            values = latents[:, : self.config.kv_lora_rank]
-            attended = self.kernels.attend_decode(absorbed, latents, values, batch.decode, self.config.score_scale)
+            latents = cache.keys[:, : self.config.kv_lora_rank]
+            attended = attend_decode(self._absorb(q, up), cache, latents, batch, batch.decode, self.chunks)
             if attended is not None:
                 return self._values(attended, up)
         if len(batch.spans) == 1:
-            return self._attend_span(q, latents, up, batch.spans[0])
+            return self._attend_span(q, cache, up, batch.spans[0])
         out = q.new_empty(*q.shape[:2], self.config.value_dim)
         for span in batch.spans:
             own = slice(span.first, span.first + span.length)
-            out[own] = self._attend_span(q[own], latents, up, span)
+            out[own] = self._attend_span(q[own], cache, up, span)
         return out
 
-    def _attend_span(self, q: Tensor, latents: Tensor, up: UpProjection, span: Span) -> Tensor:
+    def _attend_span(self, q: Tensor, cache: LayerCache, up: UpProjection, span: Span) -> Tensor:
         attend = self._absorbed if self.absorbs(span.length, span.context) else self._expanded
-        return attend(q, latents[span.pool_rows], up, span)
+        return attend(q, cache, up, span)
 
     def absorbs(self, length: int, context: int) -> bool:
         """Whether the absorbed form takes fewer operations for the last `length` tokens of `context`, a head."""
-        config = self.config
+        config, moba = self.config, self.chunks.moba
         rank, head_dims = config.kv_lora_rank, config.nope_dim + config.value_dim
-        scores = length * (context - (length - 1) / 2)
-        absorbed = length * rank * head_dims + scores * (2 * rank + config.rope_dim)
-        expanded = context * rank * head_dims + scores * (head_dims + config.rope_dim)
+        seen = context - (length - 1) / 2
+        if moba:
+            seen = min(seen, moba.block_size * (moba.top_k - 0.5))
+        absorbed = length * rank * head_dims + length * seen * (2 * rank + config.rope_dim)
+        expanded = context * rank * head_dims + length * seen * (head_dims + config.rope_dim)
         return absorbed < expanded
 
     def _absorb(self, q: Tensor, up: UpProjection) -> Tensor:  # [tokens, heads, rank + rope_dim]
@@ -94,24 +96,33 @@ class LatentAttention:
         self.kernels.linear_heads(attended, up.values, out)
         return out
 
-    def _absorbed(self, q: Tensor, latents: Tensor, up: UpProjection, span: Span) -> Tensor:
-        keys = latents[:, None]  # one head
+    def _absorbed(self, q: Tensor, cache: LayerCache, up: UpProjection, span: Span) -> Tensor:
+        keys = cache.keys[span.pool_rows][:, None]  # one head
         values = keys[..., : self.config.kv_lora_rank]
-        scale = self.config.score_scale
         queries = self._absorb(q, up)
-        attended = self.kernels.attend_chunk(queries, keys, values, span.start, scale)
-        if attended is None:
-            attended = attend_span(queries, keys, values, span, scale)
+        attended = self.chunks.attend(queries, keys, values, span, lambda: self._centroids(cache, span)[:, None])
         return self._values(attended, up)
 
-    def _expanded(self, q: Tensor, latents: Tensor, up: UpProjection, span: Span) -> Tensor:
-        config, context = self.config, len(latents)
-        latent, turned = latents[:, : config.kv_lora_rank], latents[:, config.kv_lora_rank :]
-        expanded = self.kernels.linear(latent, up.keys_values).view(context, config.num_heads, -1)
-        nope, values = expanded[..., : config.nope_dim], expanded[..., config.nope_dim :]
-        scale = config.score_scale
-        attended = self.kernels.attend_chunk(q, nope, values, span.start, scale, shared_keys=turned)
-        if attended is None:
-            keys = torch.cat([nope, turned[:, None].expand(-1, config.num_heads, -1)], dim=-1)
-            attended = attend_span(q, keys, values, span, scale)
-        return attended
+    def _expanded(self, q: Tensor, cache: LayerCache, up: UpProjection, span: Span) -> Tensor:
+        nope, values, turned = self._expand(cache.keys[span.pool_rows], up)
+
+        def centroids() -> Tensor:
+            own, _, shared = self._expand(self._centroids(cache, span).to(q.dtype), up)
+            return with_shared(own, shared)
+
+        return self.chunks.attend(q, nope, values, span, centroids, shared_keys=turned)
+
+    def _expand(self, cached: Tensor, up: UpProjection) -> tuple[Tensor, Tensor, Tensor]:
+        """Each head's own part of the keys and its values, [rows, heads, ...], and what the keys share, [rows, rest].
+
+        cached: [rows, rank + rope_dim].
+        """
+        rank, nope_dim = self.config.kv_lora_rank, self.config.nope_dim
+        expanded = self.kernels.linear(cached[:, :rank], up.keys_values).view(
+            len(cached), up.heads, nope_dim + self.config.value_dim
+        )
+        return expanded[..., :nope_dim], expanded[..., nope_dim:], cached[:, rank:]
+
+    def _centroids(self, cache: LayerCache, span: Span) -> Tensor:
+        assert self.chunks.moba
+        return cache.block_centroids(span, self.chunks.moba.block_size)

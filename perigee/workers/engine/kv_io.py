@@ -21,8 +21,11 @@ def write_payload(pool: KVPool, page: int, num_tokens: int, origin: int, payload
     tensors, centroids = payload_views(payload, layout)
     tensors[:, :, :num_tokens].copy_(source)
     tensors[:, :, num_tokens:].zero_()
-    # Means of part 0 in float32: one reduction over a fixed axis, so the same tokens give the same centroid anywhere.
-    torch.mean(source[:, 0], dim=1, dtype=torch.float32, out=centroids)
+    if pool.centroids is not None and num_tokens == layout.block_tokens:
+        centroids.copy_(pool.centroids[:, page])  # what the gate saw
+    else:
+        # In float32, one reduction over a fixed axis, so the same tokens give the same centroid anywhere.
+        torch.mean(source[:, 0], dim=1, dtype=torch.float32, out=centroids)
     checksum = xxhash.xxh3_64_intdigest(payload[HEADER_BYTES:])
     payload[:HEADER_BYTES] = PayloadHeader(num_tokens, origin, checksum).pack()
 
@@ -30,8 +33,10 @@ def write_payload(pool: KVPool, page: int, num_tokens: int, origin: int, payload
 def read_payload(pool: KVPool, page: int, payload: memoryview) -> int:
     """Copies a block's tensors into `page` and returns how many tokens it holds. Raises ValueError for a bad header."""
     header = PayloadHeader.unpack(payload[:HEADER_BYTES])
-    tensors, _ = payload_views(payload, pool.layout)
+    tensors, centroids = payload_views(payload, pool.layout)
     pool.page(page, header.num_tokens).copy_(tensors[:, :, : header.num_tokens])
+    if pool.centroids is not None:
+        pool.centroids[:, page] = centroids
     return header.num_tokens
 
 

@@ -41,12 +41,14 @@ class Runner:
             spans.append(self._span(chunk, first))
             first += chunk.length
         decode = _decode_batch(chunks, self.pool.layout.block_tokens)
-        return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans), decode)
+        full = torch.tensor([page for c in chunks for page in _full_pages(c)], dtype=torch.int64)
+        return StepBatch(torch.tensor(positions), torch.tensor(rows), tuple(spans), decode, full)
 
     def _span(self, chunk: Chunk, first: int) -> Span:
         pages = chunk.active.pages
         rows = _pool_rows(pages, chunk.stop)
-        return Span(first, chunk.length, chunk.start, pages, rows, self.pool.tensor.dtype)
+        prompt_len = chunk.active.sequence.prompt_len
+        return Span(first, chunk.length, chunk.start, prompt_len, pages, rows, self.pool.tensor.dtype)
 
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
@@ -63,6 +65,12 @@ def _decode_batch(chunks: list[Chunk], page_tokens: int) -> DecodeBatch | None:
     tables = [chunk.active.pages.pages[:width] for chunk in chunks]
     padded = [table + (0,) * (width - len(table)) for table in tables]
     return DecodeBatch(torch.tensor(padded, dtype=torch.int32), torch.tensor(contexts), page_tokens, max(contexts))
+
+
+def _full_pages(chunk: Chunk) -> tuple[int, ...]:
+    """The pages that this chunk fills to the end."""
+    pages = chunk.active.pages
+    return pages.pages[chunk.start // pages.page_tokens : chunk.stop // pages.page_tokens]
 
 
 def _pool_rows(pages: PageTable, stop: int) -> slice | Tensor:

@@ -138,6 +138,25 @@ class Kernels(Protocol):
         """
         ...
 
+    def choose_blocks(self, q: Tensor, centroids: Tensor, start: int, block_size: int, count: int) -> Tensor:
+        """See `choose_blocks` in `perigee.workers.attention.moba`."""
+        ...
+
+    def attend_sparse(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        scale: float,
+        chosen: Tensor,
+        block_size: int,
+        shared_keys: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `attend_chunk`, but a query sees its own block of `block_size` tokens, and of those before it the ones in
+        `chosen` [length, heads, count] (-1 for none)."""
+        ...
+
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
         """Attention of q [sequences, heads, head_dim] over the pool; None if this shape is not one for it.
 

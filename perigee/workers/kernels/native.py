@@ -2,6 +2,7 @@
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,34 @@ _SIGNATURES = {
     "perigee_rotate_and_store_latent": [_POINTER] * 8 + [_LONG] * 8 + [_FLOAT],
     "perigee_route": [_POINTER] * 5 + [_LONG] * 9 + [_FLOAT],
     "perigee_experts": [_POINTER] * 6 + [_LONG] * 6,
-    "perigee_attend_chunk": [_POINTER] * 5 + [_LONG] * 12 + [_FLOAT],
+    "perigee_attend_chunk": [_POINTER],
+    "perigee_choose_blocks": [_POINTER] * 3 + [_LONG] * 8,
+    "perigee_attend_sparse": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_attend_paged": [_POINTER] * 6 + [_LONG] * 10 + [_FLOAT],
 }
+
+
+class _Chunk(ctypes.Structure):
+    """`chunk` in native_src/flash.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("q", "keys", "shared_keys", "values", "out")),
+        *((name, _LONG) for name in ("length", "start", "heads", "kv_heads", "d", "shared_d", "value_d")),
+        *((name, _LONG) for name in ("key_stride", "key_head", "shared_stride", "value_stride", "value_head")),
+        ("scale", _FLOAT),
+    )
+
+
+def _chunk(
+    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, start: int, scale: float, shared_keys: Tensor | None
+) -> Any:
+    """A pointer to a chunk that names these tensors, which the caller keeps."""
+    (length, heads, head_dim), (_, kv_heads, value_dim) = q.shape, values.shape
+    shared = keys[:, 0, :0] if shared_keys is None else shared_keys
+    pointers = (t.data_ptr() for t in (q, keys, shared, values, out))
+    shape = (length, start, heads, kv_heads, head_dim, shared.shape[1], value_dim)
+    strides = (*keys.stride()[:2], shared.stride(0), *values.stride()[:2])
+    return ctypes.byref(_Chunk(*pointers, *shape, *strides, scale))
 
 
 class NativeKernels(TorchKernels):
@@ -43,6 +69,8 @@ class NativeKernels(TorchKernels):
         self._route = functions.perigee_route
         self._experts = functions.perigee_experts
         self._attend_chunk = functions.perigee_attend_chunk
+        self._choose_blocks = functions.perigee_choose_blocks
+        self._attend_sparse = functions.perigee_attend_sparse
         self._attend_paged = functions.perigee_attend_paged
 
     # ---- matrices ------------------------------------------------------------------------------------------------
@@ -166,13 +194,38 @@ class NativeKernels(TorchKernels):
     def attend_chunk(
         self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
     ) -> Tensor | None:
-        (length, heads, head_dim), (_, kv_heads, value_dim) = q.shape, values.shape
-        shared = keys[:, 0, :0] if shared_keys is None else shared_keys
-        q, out = q.contiguous(), q.new_empty(length, heads, value_dim)
-        tensors = (q, keys, shared, values, out)
-        strides = (*keys.stride()[:2], shared.stride(0), *values.stride()[:2])
-        shape = (length, start, heads, kv_heads, head_dim, shared.shape[1], value_dim)
-        done = self._attend_chunk(*(t.data_ptr() for t in tensors), *shape, *strides, scale)
+        q, out = q.contiguous(), q.new_empty(*q.shape[:2], values.shape[2])
+        done = self._attend_chunk(_chunk(q, keys, values, out, start, scale, shared_keys))
+        return out if done == 0 else None
+
+    def choose_blocks(self, q: Tensor, centroids: Tensor, start: int, block_size: int, count: int) -> Tensor:
+        (length, heads, head_dim), (blocks, kv_heads, _) = q.shape, centroids.shape
+        if head_dim % 32 or not blocks or not count:
+            return super().choose_blocks(q, centroids, start, block_size, count)
+        padded = -(-blocks // 32) * 32
+        packed = q.new_zeros(kv_heads, padded, head_dim)
+        packed[:, :blocks] = centroids.transpose(0, 1)
+        self.matrices(packed)
+        q, chosen = q.contiguous(), torch.empty(length, heads, count, dtype=torch.int32)
+        pointers = (q.data_ptr(), packed.data_ptr(), chosen.data_ptr())
+        if self._choose_blocks(*pointers, length, start, heads, kv_heads, head_dim, padded, block_size, count):
+            raise MemoryError(f"no memory for the gate of {length} tokens")
+        return chosen
+
+    def attend_sparse(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        scale: float,
+        chosen: Tensor,
+        block_size: int,
+        shared_keys: Tensor | None = None,
+    ) -> Tensor | None:
+        q, out = q.contiguous(), q.new_empty(*q.shape[:2], values.shape[2])
+        chunk, blocks = _chunk(q, keys, values, out, start, scale, shared_keys), chosen.int().contiguous()
+        done = self._attend_sparse(chunk, blocks.data_ptr(), blocks.shape[2], block_size)
         return out if done == 0 else None
 
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perigee.workers.attention.moba import choose_blocks
 from perigee.workers.kernels.base import Chosen, DecodeBatch, Matrix, Rope, Routing
 
 
@@ -77,6 +78,22 @@ class TorchKernels:
 
     def attend_chunk(
         self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
+    ) -> Tensor | None:
+        return None
+
+    def choose_blocks(self, q: Tensor, centroids: Tensor, start: int, block_size: int, count: int) -> Tensor:
+        return choose_blocks(q, centroids, start, block_size, count)
+
+    def attend_sparse(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        scale: float,
+        chosen: Tensor,
+        block_size: int,
+        shared_keys: Tensor | None = None,
     ) -> Tensor | None:
         return None
 

@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -202,10 +201,9 @@ def _weights_digest(directory: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    if path.stat().st_size == 0:  # nothing that could be mapped
-        return xxhash.xxh3_128_hexdigest(b"")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+    # Read, not mapped: the pages of a mapped file would count as this process's memory.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _json_digest(documents: list[object]) -> str:

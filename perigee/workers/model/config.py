@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from perigee.kvstore.blocks import DType, PayloadLayout
 from perigee.workers.model.errors import UnsupportedModel
 from perigee.workers.model.llama_config import LlamaConfig
+from perigee.workers.model.moba_config import OFF, MobaConfig
 from perigee.workers.model.moonlight_config import MoonlightConfig
 
 
@@ -46,8 +48,11 @@ _ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
 }
 
 
-def load_config(directory: Path) -> ModelConfig:
-    """The architecture of the checkpoint in `directory`. Raises UnsupportedModel for one that is not served."""
+def load_config(directory: Path, moba: str = "") -> ModelConfig:
+    """The architecture of the checkpoint in `directory`. Raises UnsupportedModel for one that is not served.
+
+    `moba`, if given, replaces what it says of block-sparse attention: "off", or as `MobaConfig.parse` reads it.
+    """
     config = json.loads((directory / "config.json").read_text())
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "of unknown method")
@@ -56,4 +61,5 @@ def load_config(directory: Path) -> ModelConfig:
     if model_type not in _ARCHITECTURES:
         allowed = ", ".join(map(repr, _ARCHITECTURES))
         raise UnsupportedModel(f"config.json: model_type: {model_type!r} is not supported, only {allowed}")
-    return _ARCHITECTURES[model_type](config)
+    model = _ARCHITECTURES[model_type](config)
+    return replace(model, moba=None if moba == OFF else MobaConfig.parse(moba)) if moba else model

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from perigee.workers.attention.base import KVPool, StepBatch
+from perigee.workers.attention.base import KVPool, LayerCache, StepBatch
 from perigee.workers.kernels.base import Kernels, Matrix, Rope
 from perigee.workers.model.config import ModelConfig
 from perigee.workers.model.layers import Place, Prepared, RotaryTable
+from perigee.workers.model.moba_config import MobaConfig
 
 
 class DecoderLayer(nn.Module):
@@ -29,7 +30,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         delta: Tensor | None,
         rope: Rope,
-        cache: tuple[Tensor, ...],
+        cache: LayerCache,
         batch: StepBatch,
     ) -> tuple[Tensor, Tensor]:  # residual and delta, each [tokens, width]
         x, normed = self.kernels.add_rms_norm(x, delta, self.attention_norm, self.eps)
@@ -89,3 +90,9 @@ class Decoder(Prepared):
     @abstractmethod
     def layer_places(self, prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Place]]:
         """The same for what is in `layer` beside its norms."""
+
+
+def sparse_layer(config: ModelConfig, index: int) -> MobaConfig | None:
+    """How the layer of this index chooses blocks; None if it attends to everything."""
+    moba = config.moba
+    return moba if moba and index < config.num_layers - moba.full_layers else None

@@ -13,7 +13,8 @@ from perigee.workers.model.rope import RopeConfig
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor of a checkpoint belongs: a view of a parameter, which may be strided, of as many elements."""
+    """Where a tensor of a checkpoint belongs: a view of a parameter, which may be strided, of the same elements in the
+    same order."""
 
     view: Tensor
     shape: tuple[int, ...]  # of the checkpoint's tensor
@@ -22,9 +23,6 @@ class Place:
     def of(cls, view: Tensor) -> "Place":
         """The place of a tensor that is kept as it is."""
         return cls(view, tuple(view.shape))
-
-    def fill(self, tensor: Tensor) -> None:
-        self.view.copy_(tensor.view(self.view.shape))
 
 
 class Prepared(nn.Module):

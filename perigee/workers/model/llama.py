@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from perigee.workers.attention.base import Attention, StepBatch
-from perigee.workers.attention.dense import DenseAttention
+from perigee.workers.attention.base import Attention, LayerCache, StepBatch
+from perigee.workers.attention.grouped import GroupedAttention
 from perigee.workers.kernels.base import Kernels, Rope
-from perigee.workers.model.decoder import Decoder, DecoderLayer
+from perigee.workers.model.decoder import Decoder, DecoderLayer, sparse_layer
 from perigee.workers.model.layers import GatedMLP, Place, Projection, RotaryTable
 from perigee.workers.model.llama_config import LlamaConfig
 
@@ -25,12 +25,12 @@ class LlamaAttention(nn.Module):
         self.qkv = Projection(config.hidden_size, width, kernels, bias=config.attention_bias)
         self.out = Projection(heads_width, config.hidden_size, kernels, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rope: Rope, cache: tuple[Tensor, ...], batch: StepBatch) -> Tensor:  # [tokens, hidden]
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: StepBatch) -> Tensor:  # [tokens, hidden]
         tokens = len(x)
-        keys, values = cache
+        assert cache.values is not None
         qkv = self.qkv(x).view(tokens, -1, self.config.head_dim)
-        q = self.kernels.rotate_and_store(qkv, rope, batch.rows, keys, values, self.config.num_heads)
-        return self.out(self.backend.attend(q, keys, values, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
+        q = self.kernels.rotate_and_store(qkv, rope, batch.rows, cache.keys, cache.values, self.config.num_heads)
+        return self.out(self.backend.attend(q, cache, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         config = self.config
@@ -44,15 +44,15 @@ class Llama(Decoder):
     """See `Decoder`."""
 
     def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:
-        backend = DenseAttention(config.num_kv_heads, config.head_dim, kernels)
-
-        def layer() -> DecoderLayer:
+        def layer(index: int) -> DecoderLayer:
+            moba = sparse_layer(config, index)
+            backend = GroupedAttention(config.num_kv_heads, config.head_dim, kernels, moba)
             attention = LlamaAttention(config, backend, kernels)
             mlp = GatedMLP(config.hidden_size, config.intermediate_size, kernels, bias=config.mlp_bias)
             return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp, kernels)
 
         rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
-        super().__init__(config, (layer() for _ in range(config.num_layers)), rotary, kernels)
+        super().__init__(config, (layer(index) for index in range(config.num_layers)), rotary, kernels)
 
     def layer_places(self, prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Place]]:
         assert isinstance(layer.attention, LlamaAttention) and isinstance(layer.mlp, GatedMLP)

@@ -6,6 +6,7 @@ from typing import Any
 
 from perigee.kvstore.blocks import DType, PayloadLayout
 from perigee.workers.model.config_fields import one_of, positive
+from perigee.workers.model.moba_config import MobaConfig
 from perigee.workers.model.rope import RopeConfig
 
 
@@ -26,6 +27,7 @@ class LlamaConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    moba: MobaConfig | None
 
     def payload_layout(self, dtype: DType, block_tokens: int) -> PayloadLayout:
         """A block of this model: rotated keys, then values, of every layer."""
@@ -72,6 +74,7 @@ class LlamaConfig:
             rope=RopeConfig.from_json(config),
             max_context=positive(config, "max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            moba=MobaConfig.from_json(config["moba"]) if config.get("moba") else None,
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
         )

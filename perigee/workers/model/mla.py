@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from perigee.workers.attention.base import StepBatch
+from perigee.workers.attention.base import LayerCache, StepBatch
 from perigee.workers.attention.latent import LatentAttention, UpProjection
 from perigee.workers.kernels.base import Kernels, Rope
 from perigee.workers.model.layers import Place, Projection
@@ -35,17 +35,16 @@ class MultiHeadLatentAttention(nn.Module):
         self.up = UpProjection(config, kernels)
         self.out = Projection(config.num_heads * config.value_dim, config.hidden_size, kernels)
 
-    def forward(self, x: Tensor, rope: Rope, cache: tuple[Tensor, ...], batch: StepBatch) -> Tensor:  # [tokens, hidden]
-        (latents,) = cache
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: StepBatch) -> Tensor:  # [tokens, hidden]
         config, tokens = self.config, len(x)
         queries, latent = self.inputs(x).split([self.from_input, config.latent_width], dim=-1)
         if self.query is not None and self.query_norm is not None:
             queries = self.query(self.kernels.add_rms_norm(queries, None, self.query_norm, LATENT_NORM_EPS)[1])
         q = queries.view(tokens, config.num_heads, -1)
         q = self.kernels.rotate_and_store_latent(
-            q, latent, self.latent_norm, LATENT_NORM_EPS, rope, batch.rows, latents
+            q, latent, self.latent_norm, LATENT_NORM_EPS, rope, batch.rows, cache.keys
         )
-        return self.out(self.backend.attend(q, latents, self.up, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
+        return self.out(self.backend.attend(q, cache, self.up, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         config = self.config

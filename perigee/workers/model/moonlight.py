@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from perigee.workers.attention.latent import LatentAttention
 from perigee.workers.kernels.base import Kernels
-from perigee.workers.model.decoder import Decoder, DecoderLayer
+from perigee.workers.model.decoder import Decoder, DecoderLayer, sparse_layer
 from perigee.workers.model.layers import GatedMLP, Place, RotaryTable
 from perigee.workers.model.mla import MultiHeadLatentAttention
 from perigee.workers.model.moe import MixtureOfExperts
@@ -15,9 +15,8 @@ class Moonlight(Decoder):
     """See `Decoder`. Weights for predicting further tokens, which some checkpoints have, are left out."""
 
     def __init__(self, config: MoonlightConfig, kernels: Kernels) -> None:
-        backend = LatentAttention(config, kernels)
-
         def layer(index: int) -> DecoderLayer:
+            backend = LatentAttention(config, kernels, sparse_layer(config, index))
             attention = MultiHeadLatentAttention(config, backend, kernels)
             dense = index < config.num_dense_layers
             mlp = (

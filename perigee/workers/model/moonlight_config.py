@@ -8,6 +8,7 @@ from perigee.kvstore.blocks import DType, PayloadLayout
 from perigee.workers.kernels.base import Routing
 from perigee.workers.model.config_fields import one_of, positive
 from perigee.workers.model.errors import UnsupportedModel
+from perigee.workers.model.moba_config import MobaConfig
 from perigee.workers.model.rope import RopeConfig
 
 
@@ -34,6 +35,7 @@ class MoonlightConfig:
     interleaved_rope: bool  # whether a checkpoint's pairs to rotate lie side by side, as DeepSeek publishes them
     max_context: int
     tie_word_embeddings: bool
+    moba: MobaConfig | None
 
     @property
     def latent_width(self) -> int:
@@ -120,6 +122,7 @@ class MoonlightConfig:
             interleaved_rope=bool(config.get("rope_interleave", True)),
             max_context=positive(config, "max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            moba=MobaConfig.from_json(config["moba"]) if config.get("moba") else None,
         )
 
 

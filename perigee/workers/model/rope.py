@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from perigee.workers.model.config_fields import one_of, positive
 from perigee.workers.model.errors import UnsupportedModel
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
@@ -66,14 +67,16 @@ class RopeConfig:
     def from_json(cls, config: Mapping[str, Any]) -> "RopeConfig":
         """Both spellings: `rope_theta` with `rope_scaling`, and the newer `rope_parameters`.
 
-        Raises UnsupportedModel for a kind of scaling that is not known here.
+        Raises UnsupportedModel for a kind of scaling that is not known here, or not in this form.
         """
         scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in get_args(RopeKind):
             allowed = ", ".join(get_args(RopeKind))
             raise UnsupportedModel(f"config.json: rope_type: {kind!r} is not supported, only {allowed}")
+        one_of(scaling, "truncate", (True,))
         factor = float(scaling.get("factor", 1.0))
+        max_position = positive(config, "max_position_embeddings")
         magnitude, score_magnitude = _yarn_magnitudes(scaling, factor) if kind == "yarn" else (1.0, 1.0)
         return cls(
             theta=float(scaling.get("rope_theta", config.get("rope_theta", 10000.0))),
@@ -81,7 +84,7 @@ class RopeConfig:
             factor=factor,
             low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
             high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-            original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
+            original_max_position=positive(scaling, "original_max_position_embeddings", max_position),
             beta_fast=float(scaling.get("beta_fast") or 32),
             beta_slow=float(scaling.get("beta_slow") or 1),
             magnitude=magnitude,

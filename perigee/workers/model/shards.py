@@ -1,17 +1,30 @@
-"""Checks safetensors files by their headers, before anything is loaded. Never imports torch."""
+"""Safetensors files: what their headers say, checked before anything is loaded. Never imports torch."""
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perigee.workers.model.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 
-# As safetensors writes them. Others, such as F8_E4M3, are quantized: without their scales they are no weights.
-LOADABLE_DTYPES = ("BF16", "F16", "F32")
+# As safetensors writes them, and their sizes in bytes. Others, such as F8_E4M3, are quantized: they are no weights
+# without their scales.
+LOADABLE_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    dtype: str  # as safetensors writes it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
 
 def check_shards(directory: Path) -> None:
@@ -28,12 +41,19 @@ def check_shards(directory: Path) -> None:
             f"model: directory {str(directory)!r} lacks {missing[0]}, which {INDEX_FILE} names "
             f"({len(missing)} of {len(set(index.values()))} files are missing)"
         )
-    shards = {file.name: _header(file) for file in files}
+    shards = {file.name: read_header(file) for file in files}
     for tensor, name in index.items():
         if tensor not in shards[name]:
             raise CheckpointError(f"{directory / name}: no tensor {tensor}, which {INDEX_FILE} says is there")
-    for name, dtypes in shards.items():
-        _check_dtypes(directory / name, dtypes)
+    for name, tensors in shards.items():
+        _check_dtypes(directory / name, tensors)
+
+
+def files_by_tensor(directory: Path) -> Mapping[str, Path]:
+    """Which file holds each tensor: as the index says, or, without one, as the files do."""
+    if index := _index(directory / INDEX_FILE):
+        return {name: directory / file for name, file in index.items()}
+    return {name: file for file in sorted(directory.glob("*.safetensors")) for name in read_header(file)}
 
 
 def _pickled(directory: Path) -> str:
@@ -55,28 +75,36 @@ def _index(path: Path) -> Mapping[str, str]:
     return index
 
 
-def _header(path: Path) -> Mapping[str, str]:
-    """Tensor name → its dtype."""
+def read_header(path: Path) -> Mapping[str, Stored]:
+    """The tensors of a safetensors file by name. Raises CheckpointError if it is none, or not all of it is there."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
         content = file.read(num_bytes) if num_bytes <= _MAX_HEADER_BYTES else b""
     try:
-        header = dict(json.loads(content))
-        header.pop("__metadata__", None)
-        dtypes = {name: str(tensor["dtype"]) for name, tensor in header.items()}
-        data_bytes = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        entries = dict(json.loads(content))
+        entries.pop("__metadata__", None)
+        tensors = {name: _stored(entry, 8 + num_bytes) for name, entry in entries.items()}
+        data_bytes = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error!r}") from error
     expected, found = 8 + num_bytes + data_bytes, path.stat().st_size
     if found != expected:
         raise CheckpointError(f"{path}: holds {found} bytes, its header asks for {expected}")
-    return dtypes
+    return tensors
 
 
-def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
-    for name, dtype in dtypes.items():
-        if name.endswith((".weight", ".bias")) and dtype not in LOADABLE_DTYPES:
+def _stored(entry: Mapping[str, Any], data_offset: int) -> Stored:
+    dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    first, end = (int(offset) for offset in entry["data_offsets"])
+    if dtype in LOADABLE_DTYPES and end - first != math.prod(shape) * LOADABLE_DTYPES[dtype]:
+        raise ValueError(f"{end - first} bytes for a tensor of shape {list(shape)} in {dtype}")
+    return Stored(dtype, shape, data_offset + first)
+
+
+def _check_dtypes(path: Path, tensors: Mapping[str, Stored]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith((".weight", ".bias")) and tensor.dtype not in LOADABLE_DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name} has dtype {dtype}, which is not supported; "
+                f"{path}: tensor {name} has dtype {tensor.dtype}, which is not supported; "
                 f"supported are {', '.join(LOADABLE_DTYPES)}"
             )

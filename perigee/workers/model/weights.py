@@ -1,16 +1,16 @@
-"""Fills a model from safetensors, tensor by tensor, straight into the place where each belongs."""
+"""Fills a model from safetensors, tensor by tensor, each where it belongs."""
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 
 from perigee.kvstore.blocks import DType
 from perigee.workers.attention.base import TORCH_DTYPES
+from perigee.workers.kernels.base import Kernels
 from perigee.workers.kernels.registry import select
 from perigee.workers.model.config import ModelConfig
 from perigee.workers.model.decoder import Decoder
@@ -19,26 +19,25 @@ from perigee.workers.model.layers import Place, Prepared
 from perigee.workers.model.llama import Llama
 from perigee.workers.model.llama_config import LlamaConfig
 from perigee.workers.model.moonlight import Moonlight
+from perigee.workers.model.shards import Stored, files_by_tensor, read_header
 
-_LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
+_LOADABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PIECE_BYTES = 8 << 20  # read at once: more would gain nothing
 
 
 def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Decoder:
-    """The checkpoint in `directory`, in `dtype`. Never holds more than one of its tensors twice.
+    """The checkpoint in `directory`, in `dtype`. Takes hardly more memory than the weights, whatever its dtype.
 
     Raises UnsupportedModel if a tensor is missing, or has another shape than the configuration says, or a dtype that is
-    not a plain float's.
+    not a plain float's; CheckpointError if a file is damaged.
     """
-    model = _empty(config, dtype)
+    model = empty_model(config, dtype, select(dtype))
     places = dict(model.places())
-    shards = _shards(directory)
-    if missing := places.keys() - shards.keys():
+    files = files_by_tensor(directory)
+    if missing := places.keys() - files.keys():
         raise UnsupportedModel(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for name in places:
-        by_file[shards[name]].append(name)
-    for file, names in by_file.items():
-        _fill(directory / file, {name: places[name] for name in names})
+    for file in sorted({files[name] for name in places}):
+        _fill(file, {name: place for name, place in places.items() if files[name] == file})
     for module in model.modules():
         if isinstance(module, Prepared):
             module.prepare()
@@ -46,8 +45,8 @@ def load_model(directory: Path, config: ModelConfig, dtype: DType) -> Decoder:
 
 
 @torch.no_grad()
-def _empty(config: ModelConfig, dtype: DType) -> Decoder:
-    kernels = select(dtype)
+def empty_model(config: ModelConfig, dtype: DType, kernels: Kernels) -> Decoder:
+    """A model whose weights are still to be filled."""
     with _default_dtype(TORCH_DTYPES[dtype]):
         model = Llama(config, kernels) if isinstance(config, LlamaConfig) else Moonlight(config, kernels)
     return model.eval().requires_grad_(False)
@@ -64,27 +63,32 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _shards(directory: Path) -> dict[str, str]:
-    """Tensor name → name of the file that holds it."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return mapping
-    return {name: file.name for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
+def _fill(file: Path, places: Mapping[str, Place]) -> None:
+    """Fills places whose tensors are all in `file`, in the order in which they lie there."""
+    header = read_header(file)
+    with file.open("rb") as content:
+        for name in sorted(places, key=lambda name: header[name].offset):
+            tensor = header[name]
+            _check(f"{file}: tensor {name}", tensor, places[name])
+            content.seek(tensor.offset)
+            _read(content, _LOADABLE[tensor.dtype], places[name].view)
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+def _check(what: str, tensor: Stored, place: Place) -> None:
+    if tensor.shape != place.shape:
+        expected, found = list(place.shape), list(tensor.shape)
+        raise UnsupportedModel(f"{what} has shape {found}, config.json asks for {expected}")
+    if tensor.dtype not in _LOADABLE:
+        raise UnsupportedModel(f"{what} has dtype {tensor.dtype}, which is not supported")
 
 
-def _fill(file: Path, places: dict[str, Place]) -> None:
-    with safe_open(file, framework="pt") as tensors:
-        for name, place in places.items():
-            tensor = tensors.get_tensor(name)
-            if tensor.shape != place.shape:
-                expected, found = list(place.shape), list(tensor.shape)
-                raise UnsupportedModel(f"{file}: tensor {name} has shape {found}, config.json asks for {expected}")
-            if tensor.dtype not in _LOADABLE:
-                raise UnsupportedModel(f"{file}: tensor {name} has dtype {tensor.dtype}, which is not supported")
-            place.fill(tensor)
+def _read(content: BufferedReader, dtype: torch.dtype, view: Tensor) -> None:
+    """Reads a tensor from where `content` stands, rows at a time.
+
+    So no tensor is ever held twice, and none is mapped: the pages of a mapped file count as memory too.
+    """
+    row_bytes = view[0].numel() * dtype.itemsize
+    for rows in torch.split(view, max(1, _PIECE_BYTES // row_bytes)):
+        read = torch.empty(rows.shape, dtype=dtype)
+        content.readinto(read.view(torch.uint8).numpy().data)
+        rows.copy_(read)
