@@ -34,7 +34,7 @@ class MobaBenchConfig(BaseModel):
     model: str = Field(default="smollm2-135m-instruct", description="checkpoint, as for `perigee up`")
     lengths: tuple[int, ...] = Field(default=(4096, 8192, 16384), description="prompt lengths in tokens")
     moba: str = Field(default="block_size=512,top_k=3", description="block-sparse attention, as for `perigee up`")
-    max_batched_tokens: int = Field(default=8192, ge=1, description="tokens a step computes")
+    max_batched_tokens: int = Field(default=65536, ge=1, description="tokens a step computes at most")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
     rounds: int = Field(default=1, ge=1, description="rounds, of which the best counts")
     json_file: str = Field(default="", description="write the results as JSON to this file, - for standard output")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from perigee.kvstore.blocks import DType
 from tests.cluster import cluster
 from tests.e2e.endpoint import Endpoint, Vocabulary
 from tests.e2e.reference import Reference
@@ -15,9 +16,11 @@ MODEL = "tiny"
 
 
 @contextmanager
-def up(directory: Path, model: Path, vocabulary: Vocabulary, *arguments: str) -> Iterator[Endpoint]:
-    """`perigee up` in float32, once it is ready. Nothing that its workers do may have to be done again."""
-    flags = (f"--model={model}", f"--served-model-name={MODEL}", "--dtype=float32")
+def up(
+    directory: Path, model: Path, vocabulary: Vocabulary, *arguments: str, dtype: DType = "float32"
+) -> Iterator[Endpoint]:
+    """`perigee up`, once it is ready. Nothing that its workers do may have to be done again."""
+    flags = (f"--model={model}", f"--served-model-name={MODEL}", f"--dtype={dtype}")
     with cluster(directory, *flags, *arguments) as started:
         endpoint = Endpoint(started.wait_ready(), MODEL, vocabulary)
         yield endpoint

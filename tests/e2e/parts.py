@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ class Parts:
 
     specs: dict[str, ChildSpec]
     log: Path
+    environment: Mapping[str, str]
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
@@ -33,14 +34,19 @@ class Parts:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **spec.environment},
+                env={**os.environ, **self.environment, **spec.environment},
             )
+
+    def restore(self) -> None:
+        """Starts again what was killed or has ended."""
+        for name in self.specs:
+            if name in self.running and self.running[name].poll() is not None:
+                self.start(name)
 
     def kill(self, name: str) -> None:
         """As `kill -9` does: the process can say nothing to anybody."""
-        process = self.running.pop(name)
-        process.kill()
-        process.wait()
+        self.running[name].kill()
+        self.running[name].wait()
 
     def end(self) -> None:
         """Ends all that runs, the last one first."""
@@ -55,7 +61,8 @@ def parts(config: UpConfig, directory: Path, without: Collection[str] = ()) -> I
     `directory`. All are ended afterwards.
     """
     specs = plan(config, config.port, Path(config.model), directory, [])
-    started = Parts({spec.name: spec for spec in specs}, directory / "log")
+    secret = {"PERIGEE_CLUSTER_SECRET": config.cluster_secret.get_secret_value()} if config.cluster_secret else {}
+    started = Parts({spec.name: spec for spec in specs}, directory / "log", secret)
     try:
         for name in started.specs:
             if name not in without:

@@ -1,15 +1,25 @@
 """Two store nodes with workers of their own. Their blocks reach each other over TCP alone."""
 
+import asyncio
+import resource
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+from pydantic import SecretStr
 
+from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.dram import Mapping, allocate
+from perigee.kvstore.transfer.base import BackendMissing, PeerRefused, Wanted
+from perigee.kvstore.transfer.mooncake import MooncakeEngine
+from perigee.kvstore.transfer.tcp import TcpTransfer
 from perigee.up import UpConfig
+from tests.cluster import cluster as started_cluster
 from tests.e2e.conftest import MODEL
-from tests.e2e.endpoint import Endpoint, Members, Vocabulary
+from tests.e2e.endpoint import Answer, Endpoint, Members, Vocabulary
 from tests.e2e.parts import Parts, free_port, parts, wait_healthy
 from tests.e2e.prompts import random_prompt
 from tests.e2e.reference import Reference
@@ -29,10 +39,11 @@ class Cluster:
 
 
 @contextmanager
-def _cluster(model: Path, vocabulary: Vocabulary, directory: Path, *without: str) -> Iterator[Cluster]:
-    config = UpConfig(
-        port=free_port(), model=str(model), served_model_name=MODEL, dtype="float32", nodes=2, max_batched_tokens=48
-    )
+def _cluster(
+    model: Path, vocabulary: Vocabulary, directory: Path, *without: str, **fields: object
+) -> Iterator[Cluster]:
+    values = {"model": str(model), "served_model_name": MODEL, "dtype": "float32", "nodes": 2, "max_batched_tokens": 48}
+    config = UpConfig.model_validate({"port": free_port(), **values, **fields})
     with parts(config, directory, without) as started:
         url = f"http://127.0.0.1:{config.port}"
         wait_healthy(url, started)
@@ -87,6 +98,99 @@ async def test_a_stream_survives_the_death_of_a_store_node(whole: Cluster) -> No
     assert received == undisturbed.token_ids
     members = await endpoint.until_at_rest()
     assert all(not member.load["orphaned_blocks"] for member in members.values() if member.role == "store")
+
+
+async def test_all_requests_finish_while_a_store_node_and_a_worker_of_the_other_node_are_killed(
+    whole: Cluster, reference: Reference
+) -> None:
+    endpoint = whole.endpoint
+    whole.parts.restore()
+    await endpoint.until(lambda members: len(members) == 6)
+    prompts = [random_prompt(100 + 20 * number, endpoint.vocabulary.size, "under load") for number in range(8)]
+    answers = asyncio.gather(*(endpoint.try_complete(prompt, 300) for prompt in prompts))
+    await endpoint.until(_decoding)
+    whole.parts.kill("store-1")
+    whole.parts.kill("prefill-0")
+    whole.parts.start("prefill-0")
+    for prompt, answer in zip(prompts, await answers, strict=True):
+        if isinstance(answer, Answer):
+            reference.assert_greedy(prompt, answer)
+        else:
+            assert answer.status in (429, 503) and answer.error["message"]
+    whole.parts.restore()
+    members = await endpoint.until(lambda members: len(members) == 6)
+    await endpoint.until_at_rest()
+    assert all(not member.load["orphaned_blocks"] for member in members.values() if member.role == "store")
+    await endpoint.complete(prompts[0])
+
+
+async def test_a_disk_that_fails_while_serving_is_a_metric_and_no_error(
+    tiny_llama: Path, vocabulary: Vocabulary, reference: Reference, tmp_path: Path
+) -> None:
+    (tmp_path / "ssd" / "store-0").mkdir(parents=True)
+    fields = {"nodes": 1, "dram_bytes": "1MiB", "ssd_folder": tmp_path / "ssd", "ssd_bytes": "64MiB"}
+    with _cluster(tiny_llama, vocabulary, tmp_path, **fields) as cluster:
+        endpoint = cluster.endpoint
+        await endpoint.until(lambda members: len(members) == 3)
+        for number in range(200):
+            prompt = random_prompt(100, vocabulary.size, f"disk {number}")
+            answer = await endpoint.complete(prompt, 4)
+            if not number:
+                assert await endpoint.metric("perigee_store_ssd_state") == 1
+                # From here on the kernel refuses what the store node writes behind this place of a file.
+                limit = 256 << 10
+                resource.prlimit(cluster.parts.running["store-0"].pid, resource.RLIMIT_FSIZE, (limit, limit))
+            if await endpoint.metric("perigee_store_ssd_state") == 2:
+                break
+        assert await endpoint.metric("perigee_store_ssd_state") == 2
+        reference.assert_greedy(prompt, answer)
+        assert await endpoint.metric("perigee_failed_attempts_total") == 0
+        again = random_prompt(100, vocabulary.size, "afterwards")
+        await endpoint.complete(again)
+        assert (await endpoint.complete(again)).cached_tokens >= 96
+        await endpoint.until_at_rest()
+
+
+async def test_blocks_cross_by_the_mooncake_transfer_engine(
+    tiny_llama: Path, vocabulary: Vocabulary, reference: Reference, tmp_path: Path
+) -> None:
+    _skip_without_mooncake()
+    fields = {"transfer": "mooncake", "cluster_secret": SecretStr("a secret of this test alone")}
+    with _cluster(tiny_llama, vocabulary, tmp_path, "decode-0", "prefill-1", **fields) as split:
+        await split.endpoint.until(lambda members: len(members) == 4)
+        prompts = [random_prompt(length, vocabulary.size, "mooncake") for length in (31, 200, 777)]
+        for prompt, answer in zip(prompts, await split.endpoint.complete_all(prompts), strict=True):
+            reference.assert_greedy(prompt, answer)
+        pulled = await split.loads("pulled_total")
+        assert pulled == [0, sum(-(-len(prompt) // 32) for prompt in prompts)]
+        assert await split.endpoint.metric("perigee_store_remote_corrupt_blocks_total") == 0
+
+
+async def test_up_with_two_nodes_makes_a_secret_that_their_blocks_are_guarded_by(
+    tiny_llama: Path, vocabulary: Vocabulary, reference: Reference, tmp_path: Path
+) -> None:
+    flags = (f"--model={tiny_llama}", f"--served-model-name={MODEL}", "--dtype=float32", "--nodes=2")
+    with started_cluster(tmp_path, *flags) as up:
+        endpoint = Endpoint(up.wait_ready(), MODEL, vocabulary)
+        prompts = [random_prompt(length, vocabulary.size, "secret") for length in (40, 200)]
+        for prompt, answer in zip(prompts, await endpoint.complete_all(prompts), strict=True):
+            reference.assert_greedy(prompt, answer)
+        secrets = {child.environ().get("PERIGEE_CLUSTER_SECRET", "") for child in up.children().values()}
+        assert len(secrets) == 1 and len(secrets.pop()) == 64
+        store = up.children()["store-0"]
+        (port,) = {c.laddr.port for c in store.net_connections("tcp4") if c.status == psutil.CONN_LISTEN}
+        transfer = TcpTransfer(b"another secret than theirs")
+        with pytest.raises(PeerRefused, match="secret"):
+            await anext(transfer.pull(f"127.0.0.1:{port}", [Wanted(0, BlockKey(bytes(32)), memoryview(b""))], 0.0))
+        await transfer.close()
+
+
+def _skip_without_mooncake() -> None:
+    with closing(Mapping(allocate(4096), 4096)) as mapping:
+        try:
+            MooncakeEngine("127.0.0.1", mapping.view(0, 4096)).close()
+        except BackendMissing as error:
+            pytest.skip(str(error))
 
 
 def _decoding(members: Members) -> str:

@@ -17,7 +17,7 @@ MAX_SEQUENCES = 4
 @pytest.fixture(scope="module")
 def small(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A cluster with room for little."""
-    flags = (f"--kv-tokens={KV_TOKENS}", f"--max-sequences={MAX_SEQUENCES}", "--dram-bytes=64MiB")
+    flags = (f"--kv-tokens={KV_TOKENS}", f"--max-sequences={MAX_SEQUENCES}", "--dram-bytes=32MiB")
     with up(tmp_path_factory.mktemp("small"), tiny_llama, vocabulary, *flags) as endpoint:
         yield endpoint
 
@@ -72,11 +72,10 @@ async def test_a_sequence_that_takes_all_pages_is_served(small: Endpoint) -> Non
 
 
 async def test_the_cache_gives_way_when_it_is_full_and_outputs_stay_the_same(small: Endpoint) -> None:
-    prompt = random_prompt(300, small.vocabulary.size, "evicted")
-    first = await small.complete(prompt)
-    for index in range(20):
-        await small.complete(random_prompt(KV_TOKENS - 100, small.vocabulary.size, f"filling {index}"), 1)
+    prompts = [random_prompt(KV_TOKENS - 100, small.vocabulary.size, f"filling {index}") for index in range(10)]
+    first = [await small.complete(prompt, 4) for prompt in prompts]
     members = await small.until_at_rest()
     assert members["store-0"].load["evicted_total"] > 0
-    again = await small.complete(prompt)
-    assert (again.cached_tokens, again.token_ids) == (0, first.token_ids)
+    again = [await small.complete(prompt, 4) for prompt in prompts]
+    assert min(answer.cached_tokens for answer in again) < KV_TOKENS - 101, "they cannot all be there"
+    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]

@@ -166,10 +166,10 @@ class NativeKernels(TorchKernels):
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
         (tokens, width), chosen = x.shape, routing.experts_per_token
-        experts = torch.empty(tokens, chosen, dtype=torch.int64)
-        weights = torch.empty(tokens, chosen)
         if width % 32 or not x.is_contiguous():
             return super().route(x, weight, bias, routing)
+        experts = torch.empty(tokens, chosen, dtype=torch.int64)
+        weights = torch.empty(tokens, chosen)
         pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr())
         groups = (routing.num_groups, routing.groups_per_token, routing.best_of_group)
         options = (routing.scoring == "softmax", routing.normalise, routing.scaling_factor)
