@@ -91,6 +91,14 @@ COMMANDS = (
         serves=False,
     ),
     Command(
+        "train",
+        "a small model of Moonlight's architecture, with Muon",
+        "perigee.training.config:TrainConfig",
+        "perigee.training.command:run",
+        errors=("perigee.training.errors:TrainingError", "builtins:OSError"),
+        serves=False,
+    ),
+    Command(
         "bench engine",
         "the engine's speed beside the machine's limit and other engines'",
         "perigee.bench.engine:EngineBenchConfig",

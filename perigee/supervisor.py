@@ -51,15 +51,16 @@ class Death:
 
 
 class Children:
-    """Starts processes and, as an async context manager, ends what it started, tier by tier.
+    """Starts processes and, as an async context manager, ends what it started, tier by tier. All have `environment`.
 
     They are in sessions of their own, so a terminal's Ctrl-C reaches them only through us. Should we be killed, the
     lifeline ends them.
     """
 
-    def __init__(self, run_directory: Path, grace_s: float) -> None:
+    def __init__(self, run_directory: Path, grace_s: float, environment: Mapping[str, str]) -> None:
         self._run_directory = run_directory
-        self._temporary = {"TMPDIR": str(run_directory)}  # so that what libraries leave there goes, too
+        # What libraries leave in the temporary directory goes with ours.
+        self._environment = {**_QUIET, **os.environ, "TMPDIR": str(run_directory), **environment}
         self._grace_s = grace_s
         self._lifeline, self._held = os.pipe()  # reading end for the children, writing end for us alone
         self._children: list[_Child] = []
@@ -83,7 +84,7 @@ class Children:
             *(f"--lifeline={self._lifeline}", f"--run-directory={self._run_directory}"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
-            env={**_QUIET, **os.environ, **self._temporary, **spec.environment},
+            env={**self._environment, **spec.environment},
             pass_fds=(self._lifeline,),
             start_new_session=True,
         )

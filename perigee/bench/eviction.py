@@ -27,7 +27,7 @@ class EvictionBenchConfig(BaseModel):
 
 
 def run(config: EvictionBenchConfig) -> int:
-    """Walks and shows the results. Raises TraceError, or BenchError if the arena would hold no block."""
+    """Walks and shows the results. Raises TraceError; BenchError if the arena would hold no block, or none returns."""
     num_slots = config.capacity_tokens // config.block_tokens
     if not num_slots:
         raise BenchError(
@@ -47,6 +47,11 @@ def run(config: EvictionBenchConfig) -> int:
 def _walks(config: EvictionBenchConfig, num_slots: int) -> dict[str, Walk]:
     """By name of the policy."""
     prompts = prompts_of(read_trace(config.trace), config.block_tokens)
+    if sum(map(len, prompts)) == len({key for prompt in prompts for key in prompt}):
+        raise BenchError(
+            f"TRACE: {config.trace}: no block of it returns;"
+            " allowed are traces whose prompts name their blocks by hash_ids"
+        )
     names: tuple[PolicyName, ...] = get_args(PolicyName)
     walks = {str(name): walk(prompts, num_slots, make_policy(name, num_slots)) for name in names}
     return {**walks, "min": walk(prompts, num_slots, Foresight(prompts, num_slots))}

@@ -9,9 +9,10 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo
 from perigee.kvstore.access import Access
 
 _MIN_SECRET_CHARS = 16
+NEEDS_SECRET = "needs the cluster's secret, by PERIGEE_CLUSTER_SECRET_FILE or PERIGEE_CLUSTER_SECRET"
 _NO_SECRET = (
     "allowed are unix:/path and host:port on loopback, such as 127.0.0.1:0: to be reached from other hosts a process"
-    " needs the cluster's secret, by PERIGEE_CLUSTER_SECRET_FILE or PERIGEE_CLUSTER_SECRET"
+    f" {NEEDS_SECRET}"
 )
 _REDIS_SCHEMES = ("redis", "rediss")
 _DIRECTORIES = "allowed are a gRPC target, such as host:port or unix:/path, and redis://host:port/0?prefix=NAME&ttl_s=5"

@@ -22,6 +22,7 @@ from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.dram import Arena, Mapping
 from perigee.kvstore.errors import (
     BlocksMissing,
+    Fenced,
     InvalidRequest,
     MalformedFrame,
     NoRoom,
@@ -38,6 +39,7 @@ __all__ = [
     "Acquired",
     "BlocksMissing",
     "CommittedBlock",
+    "Fenced",
     "InvalidRequest",
     "LeaseGroup",
     "LeasedBlock",
@@ -169,7 +171,8 @@ class LeaseGroup:
         """Makes written slots readable, all or none; their headers and payloads must be complete.
 
         The group keeps a lease on each block. The slot itself is not the group's any more: if another group was first
-        with the same key, its block counts and this slot is free. Raises InvalidRequest if a slot is not reserved.
+        with the same key, its block counts and this slot is free. Raises InvalidRequest if a slot is not reserved,
+        Fenced if it is, but for too long.
         """
         await self._connection.call(self._request(commit=committed_to_pb(blocks)))
 

@@ -1,11 +1,11 @@
 """The configuration of a store node."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from perigee.kvstore.addresses import Advertise, DirectoryTarget, DirectoryUser, Listen
+from perigee.kvstore.addresses import NEEDS_SECRET, Advertise, DirectoryTarget, DirectoryUser, Listen
 from perigee.kvstore.evict import PolicyName
 
 
@@ -15,6 +15,7 @@ def _no_unix_socket(address: str) -> str:
     return address
 
 
+TransferName = Literal["tcp", "mooncake"]
 TransferListen = Annotated[Listen, AfterValidator(_no_unix_socket)]
 
 
@@ -42,13 +43,19 @@ class StoreConfig(DirectoryUser, frozen=True, extra="forbid"):
         default=ByteSize(16 << 30), gt=0, description="How much of the disk to reserve there, such as 64GiB."
     )
     ssd_threads: int = Field(default=4, ge=1, le=64, description="Threads that read and write there.")
-    transfer: Literal["tcp", "mooncake"] = Field(
+    ssd_timeout_s: float = Field(
+        default=10.0, gt=0, description="Seconds without an answer after which the disk counts as failed."
+    )
+    transfer: TransferName = Field(
         default="tcp", description="What moves blocks between nodes; mooncake needs the extra of that name."
     )
     transfer_listen: TransferListen = Field(
         default="127.0.0.1:0",
         description="Where other nodes pull blocks: host:port (port 0: any free one; beyond loopback needs the"
         " cluster's secret).",
+    )
+    transfer_lease_s: float = Field(
+        default=30.0, gt=0, description="Seconds that another node may take to read blocks before it is cut off."
     )
     reservation_s: float = Field(
         default=600.0, gt=0, description="Seconds after which a worker may not commit any more what it reserved."
@@ -62,3 +69,10 @@ class StoreConfig(DirectoryUser, frozen=True, extra="forbid"):
     pin_share: float = Field(
         default=0.25, ge=0, le=1, description="Share of the memory that one tenant may pin; all together half of it."
     )
+
+    @model_validator(mode="after")
+    def _mooncake_has_secret(self) -> Self:
+        """The engine asks nobody who he is: it is for those who have set up a network for the cluster alone."""
+        if self.transfer == "mooncake" and not self.cluster_secret:
+            raise ValueError(f"--transfer: mooncake {NEEDS_SECRET}")
+        return self

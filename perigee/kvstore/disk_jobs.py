@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Protocol
 
@@ -30,17 +30,22 @@ class Log(Protocol):
 
 
 class SsdJobs:
-    """Loads begin at once. Spills that wait for a writer are written together: small blocks in few system calls."""
+    """Loads begin at once. Spills that wait for a writer are written together: small blocks in few system calls.
 
-    def __init__(self, log: Log, driver: Driver, threads: Executor) -> None:
+    A disk that does not answer within `timeout_s` seconds has failed, like one that answers with an error: what was not
+    begun ends, and what hangs keeps its slots until it is over.
+    """
+
+    def __init__(self, log: Log, driver: Driver, threads: Executor, timeout_s: float) -> None:
         self._log = log
         self._driver = driver
         self._threads = threads
+        self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._batch = max(1, _BATCH_BYTES // driver.arena.slot_bytes)
         self._spills: list[Spill] = []
         self._num_writers = 0
-        self._under_way: set[asyncio.Future[object]] = set()
+        self._under_way: dict[asyncio.Future[object], Future[object]] = {}  # with what the threads know it by
 
     def start(self, job: Load | Spill | DropSegment) -> None:
         match job:
@@ -68,9 +73,12 @@ class SsdJobs:
         self._call(partial(self._log.append_batch, blocks), partial(self._written, batch))
 
     def _call(self, work: Callable[[], object], ended: Callable[["asyncio.Future[object]"], None]) -> None:
-        future: asyncio.Future[object] = self._loop.run_in_executor(self._threads, work)
-        self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
+        submitted = self._threads.submit(work)
+        future = asyncio.wrap_future(submitted, loop=self._loop)
+        self._under_way[future] = submitted
+        timeout = self._loop.call_later(self._timeout_s, self._time_is_over)
+        future.add_done_callback(lambda _: timeout.cancel())
+        future.add_done_callback(self._under_way.pop)
         future.add_done_callback(ended)
 
     # ---- ends ----------------------------------------------------------------------------------------------------
@@ -94,6 +102,8 @@ class SsdJobs:
 
     def _outcome(self, future: "asyncio.Future[object]") -> object | None:
         """What the log returned, or None if it could not. If that was the disk's fault, the tier is off."""
+        if future.cancelled():
+            return None
         try:
             return future.result()
         except CorruptRecord as error:
@@ -104,8 +114,17 @@ class SsdJobs:
             _log.error("ssd job refused error=%s", error)
         return None
 
+    def _time_is_over(self) -> None:
+        self._failed(TierFailed(f"the disk has not answered for {self._timeout_s} s"))
+
     def _failed(self, error: TierFailed) -> None:
         ssd = self._driver.store.ssd
-        if ssd is not None and not ssd.is_off:
-            _log.error("ssd tier off, serving goes on without it error=%s", error)
-            self._driver.finish(self._driver.store.ssd_failed(self._driver.now))
+        if ssd is None or ssd.is_off:
+            return
+        _log.error("ssd tier off, serving goes on without it error=%s", error)
+        self._driver.finish(self._driver.store.ssd_failed(self._driver.now))
+        for submitted in self._under_way.values():
+            submitted.cancel()  # no effect on what a thread has begun
+        spills, self._spills = self._spills, []
+        for spill in spills:
+            self._driver.finish(self._driver.store.spilled(spill.job, None, self._driver.now))

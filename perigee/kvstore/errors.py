@@ -19,6 +19,10 @@ class InvalidRequest(StoreError):
     """The request itself is wrong."""
 
 
+class Fenced(StoreError):
+    """A commit came after its reservation's deadline. The slot is the writer's until it releases it."""
+
+
 class QuotaExceeded(StoreError):
     """The tenant may not pin that many blocks."""
 

@@ -9,12 +9,12 @@ The store's own I/O holds blocks and slots as a worker's requests do, in groups 
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from perigee.kvstore.blocks import DECODE, PREFILL, BlockKey
-from perigee.kvstore.errors import InvalidRequest
+from perigee.kvstore.errors import Fenced, InvalidRequest
 from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation
 
@@ -126,6 +126,10 @@ class BlockIndex:
         )
         return sum(len(group.leases) + len(group.reserved) for group in gone)
 
+    def num_overdue(self, now: float) -> int:
+        """Slots whose reservation has ended, but which their writers have not released: somebody hangs."""
+        return sum(reserved.deadline < now for group in self._groups.values() for reserved in group.reserved.values())
+
     def block(self, key: BlockKey) -> Block | None:
         """The committed block of this key, which is the index's own."""
         return self._blocks.get(key)
@@ -141,18 +145,26 @@ class BlockIndex:
     # ---- leases and reservations ---------------------------------------------------------------------------------
 
     def acquire(
-        self, group_id: GroupId, keys: Sequence[BlockKey], parent: BlockKey, now: float, coming: Coming | None = None
+        self,
+        group_id: GroupId,
+        keys: Sequence[BlockKey],
+        parent: BlockKey,
+        now: float,
+        coming: Coming | None = None,
+        free_up: Callable[[int], bool] | None = None,
     ) -> Acquired | None:
         """Leases the longest committed prefix of `keys`, which follow `parent`, and reserves a slot for each key after.
 
-        With `coming`, some blocks of the prefix are on their way into the arena. None, with nothing changed, when
-        there is no room now.
+        With `coming`, some blocks of the prefix are on their way into the arena. Where slots must be made free,
+        `free_up` is told how many are needed and says whether they are, or may be taken from blocks that are dropped.
+        None, with nothing leased or reserved, when there is no room now.
         """
         group = self._groups.setdefault(group_id, _Group())
         hits = self._committed(keys[: coming.prefix] if coming else keys[: self.prefix(keys)])
         prefix, spare = coming or Coming(len(hits), 0)
         added = [block for _, block in hits if self._lease(group, block)]
-        if len(keys) - prefix + spare > self.room:
+        needed = len(keys) - prefix + spare
+        if needed > self.room or (free_up and not free_up(needed)):
             for block in added:
                 self._unlease(group, block)
             return None
@@ -192,7 +204,8 @@ class BlockIndex:
 
         Of several reservations of one key the first commit wins: the slot of a later one becomes free, and its group
         gets a lease on the winner's block instead. Raises InvalidRequest if one of them is not the group's to commit,
-        or not any more: its slot stays the group's, for who knows what still writes there, until it is released.
+        Fenced if it is not any more: its slot stays the group's, for who knows what still writes there, until it is
+        released.
         """
         group = self._groups.get(group_id, _Group())
         self._check_commit(group, blocks, now)
@@ -237,7 +250,7 @@ class BlockIndex:
                 raise InvalidRequest(f"slot {block.slot}, nonce {block.nonce}: not a reservation of this group")
             if reserved.deadline < now:
                 self.fenced_total += 1
-                raise InvalidRequest(f"slot {block.slot}: its reservation ended after {self._reservation_s} s")
+                raise Fenced(f"slot {block.slot}: its reservation ended after {self._reservation_s} s")
             if not 1 <= block.num_tokens <= self._block_tokens:
                 raise InvalidRequest(f"num_tokens: {block.num_tokens}; allowed are 1 to {self._block_tokens}")
             if block.origin not in (PREFILL, DECODE):

@@ -30,7 +30,8 @@ class StoreLimits:
     reservation_s: float
     free_low: int
     free_high: int
-    spills: int  # at once
+    spills: int  # at once, ahead of need
+    spill_wait_s: float = 1.0  # for which a request that may wait lets blocks be spilled before it takes their slots
 
     @classmethod
     def of(

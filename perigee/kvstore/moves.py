@@ -107,10 +107,16 @@ class Moves:
         self._loading[record.key] = job
         self._jobs.append(Load(job, record.key, incoming.reservation.slot, location))
 
+    def give_up_loads(self) -> list[BlockKey]:
+        """What the loads under way were to bring, which does not count as coming any more. They keep their slots."""
+        keys = list(self._loading)
+        self._loading.clear()
+        return keys
+
     def loaded(self, job: int, record: Record | None, now: float) -> tuple[BlockKey, Location, bool]:
         """What was loaded from where, and whether it came. None stands for a record that could not be read."""
         incoming, location = self._loads.pop(job)
-        del self._loading[incoming.key]
+        self._loading.pop(incoming.key, None)
         self._arrived.append(incoming.group)
         came = record is not None and self._commit(incoming, record.num_tokens, record.origin, now)
         return incoming.key, location, came

@@ -25,7 +25,7 @@ from perigee.kvstore.source import StoreSource
 from perigee.kvstore.transfer import listening
 from perigee.kvstore.transfer.base import Transfer
 from perigee.kvstore.transfer.mooncake import MooncakeEngine, MooncakeTransfer
-from perigee.kvstore.transfer.serving import Segment
+from perigee.kvstore.transfer.serving import Limits, Segment
 from perigee.kvstore.transfer.tcp import TcpTransfer
 from perigee.kvstore.transfer.tcp_server import TransferServer
 
@@ -63,7 +63,12 @@ class _Node:
             closing.callback(local.close)
             secret = config.access.cluster_secret
             server = TransferServer(
-                config.id, config.transfer_listen, StoreSource(host.opened), secret=secret, segment=segment
+                config.id,
+                config.transfer_listen,
+                StoreSource(host.opened),
+                secret=secret,
+                limits=Limits(lease_s=config.transfer_lease_s),
+                segment=segment,
             )
             closing.callback(server.close)
             await self._serve(host, local, server)

@@ -101,7 +101,7 @@ class StoreHost:
         policy = make_policy(config.eviction, arena.num_slots)
         store = Store(arena.num_slots, block_tokens, policy, limits, _tier(self.log, block_tokens))
         driver = self.driver = Driver(store, arena, self._feed)
-        self._disk = SsdJobs(self.log, driver, self._threads) if self.log else None
+        self._disk = SsdJobs(self.log, driver, self._threads, config.ssd_timeout_s) if self.log else None
         self._pulls = Pulls(self.transfer, driver, self._peers)
         driver.employ(self._disk, self._pulls)
         self._feed.resize(arena.num_slots)

@@ -86,6 +86,7 @@ def _describe(host: StoreHost, driver: Driver, status: pb.StoreStatus) -> None:
     status.connections = len(driver.living)
     status.pinned_blocks = len(store.pins)
     status.fenced_total = index.fenced_total
+    status.overdue_blocks = index.num_overdue(driver.now)
     status.pulled_total = totals.pulled_blocks
     status.failed_pulls_total = totals.failed_pulls
     status.remote_corrupt_total = host.transfer.corrupt_received_total

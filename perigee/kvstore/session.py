@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from perigee.kvstore import store_pb2 as pb
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.driver import Driver
-from perigee.kvstore.errors import InvalidRequest, MalformedFrame, QuotaExceeded
+from perigee.kvstore.errors import Fenced, InvalidRequest, MalformedFrame, QuotaExceeded
 from perigee.kvstore.framing import FrameReader, frame
 from perigee.kvstore.index import GroupId
 from perigee.kvstore.messages import Acquired, Fetched
@@ -75,7 +75,9 @@ class Session(asyncio.Protocol):
         caller = Caller(GroupId(self._connection, request.group), request.request)
         try:
             self._driver.finish(self._carry_out(caller, request, reply))
-        except (InvalidRequest, QuotaExceeded) as error:
+        except (InvalidRequest, QuotaExceeded, Fenced) as error:
+            if isinstance(error, Fenced):
+                _log.warning("writer fenced worker=%s connection=%d error=%s", self.worker_id, self._connection, error)
             reply.refused.CopyFrom(refused_to_pb(error))
         if reply.WhichOneof("result"):
             self._send(reply)

@@ -10,6 +10,7 @@ Doubt is never served: a block that could not be read or received is not there, 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.errors import NoRoom, TooLarge
@@ -52,6 +53,7 @@ class Store:
         self._for_room: dict[Acquire | Fetch, None] = {}  # in order of arrival
         self._loading: dict[Acquire, None] = {}
         self._fetches = Fetches()
+        self._drop_at: float | None = None  # when the first who waits for room waits no longer for spills
         self._deadlines = Deadlines(lambda request: request in self._for_room or request in self._fetches)
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ class Store:
         if len(keys) > self.index.num_slots:
             return [Answer(caller, self._too_large(len(keys)))]
         self.index.revive(keys, now)
-        request = Acquire(caller, keys, parent, now + wait_s)
+        request = Acquire(caller, keys, parent, now + wait_s, self._drop_at_of(wait_s, now))
         if self._must_queue(request) or (answers := self._try_acquire(request, now)) is None:
             if wait_s <= 0:
                 return [Answer(caller, self._no_room(len(keys)))]
@@ -95,7 +97,8 @@ class Store:
         awaited = {key: index for index, key in enumerate(keys) if index not in indices}
         if not awaited:
             return [Answer(caller, Fetched(found, done=True))]
-        request = Fetch(caller, keys, parent, source, now + wait_s, wait_s > 0, awaited)
+        drop_at = self._drop_at_of(wait_s, now)
+        request = Fetch(caller, keys, parent, source, now + wait_s, drop_at, wait_s > 0, awaited)
         self._fetches.add(request)
         if self._tiers.slots_needed(request) > self.index.num_slots:
             self._fetches.remove(request)
@@ -201,23 +204,29 @@ class Store:
         ) + self._settle(now)
 
     def ssd_failed(self, now: float) -> list[Answer]:
-        """The SSD tier is off: what is only there is nowhere. Loads and spills under way still end."""
+        """The SSD tier is off: what is only there is nowhere. Loads under way still end, but nobody waits for them."""
         if self.ssd is not None:
             self.ssd.switch_off()
-        return self._settle(now)
+        keys = self.moves.give_up_loads()
+        answers = self._did_not_come(keys, lambda request: bool(request.source), now)
+        for key in keys:
+            answers += self._loads_ended(key, now)
+        return answers + self._settle(now)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def next_deadline(self) -> float | None:
         """When `expire` must be called next."""
-        return min((t for t in (self._deadlines.next(), self.pins.next_end()) if t is not None), default=None)
+        times = (self._deadlines.next(), self.pins.next_end(), self._drop_at)
+        return min((t for t in times if t is not None), default=None)
 
     def expire(self, now: float) -> list[Answer]:
         """Gives up the requests whose time is over, and ends pins."""
         answers: list[Answer] = []
         while request := self._deadlines.pop(now):
             answers.append(self._give_up(request))
-        return answers + self._settle(now) if self.pins.expire(now) or answers else []
+        self.pins.expire(now)
+        return answers + self._settle(now)
 
     def _give_up(self, request: Acquire | Fetch) -> Answer:
         """Ends a request that waits."""
@@ -257,7 +266,13 @@ class Store:
             del self._for_room[request]
             answers += served
         self._tiers.reclaim()
+        first = next(iter(self._for_room), None)
+        self._drop_at = first.drop_at if first and self.moves.num_spills and first.drop_at > now else None
         return answers
+
+    def _drop_at_of(self, wait_s: float, now: float) -> float:
+        """Until when a request that waits for so long lets blocks be spilled before it takes their slots."""
+        return now + min(self.limits.spill_wait_s, wait_s / 2)
 
     def _try(self, request: Acquire | Fetch, now: float) -> list[Answer] | None:
         """None if there is no room for it."""
@@ -280,13 +295,14 @@ class Store:
         """Takes all that it needs, or nothing and says None."""
         self.index.revive(request.keys, now)
         below = self._tiers.to_load(request.keys)
+        free_up = partial(self._tiers.free_up, drop_at=request.drop_at, now=now)
         if not below:
-            acquired = self.index.acquire(request.caller.group, request.keys, request.parent, now)
+            acquired = self.index.acquire(request.caller.group, request.keys, request.parent, now, free_up=free_up)
             return None if acquired is None else [self._acquired(request, acquired)]
         prefix = self._tiers.prefix(request.keys)
         spare = sum(1 for key in below if not self.moves.is_loading(key))
         hold = self.moves.new_group()
-        acquired = self.index.acquire(hold, request.keys, request.parent, now, Coming(prefix, spare))
+        acquired = self.index.acquire(hold, request.keys, request.parent, now, Coming(prefix, spare), free_up)
         if acquired is None:
             self.index.release(hold)
             return None

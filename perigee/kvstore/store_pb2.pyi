@@ -661,6 +661,8 @@ class Refused(_message.Message):
         """the request itself is wrong"""
         QUOTA: Refused._Reason.ValueType  # 3
         """more than the tenant may pin"""
+        FENCED: Refused._Reason.ValueType  # 4
+        """a commit after its reservation's deadline"""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     NO_ROOM: Refused.Reason.ValueType  # 0
@@ -671,6 +673,8 @@ class Refused(_message.Message):
     """the request itself is wrong"""
     QUOTA: Refused.Reason.ValueType  # 3
     """more than the tenant may pin"""
+    FENCED: Refused.Reason.ValueType  # 4
+    """a commit after its reservation's deadline"""
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -827,6 +831,7 @@ class StoreStatus(_message.Message):
     REMOTE_CORRUPT_TOTAL_FIELD_NUMBER: _builtins.int
     SERVED_TOTAL_FIELD_NUMBER: _builtins.int
     FAILED_PULLS_TOTAL_FIELD_NUMBER: _builtins.int
+    OVERDUE_BLOCKS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     slot_bytes: _builtins.int
@@ -859,6 +864,8 @@ class StoreStatus(_message.Message):
     """blocks sent to other nodes"""
     failed_pulls_total: _builtins.int
     """blocks that were to be pulled and did not come"""
+    overdue_blocks: _builtins.int
+    """slots kept by writers whose reservation's time is over"""
     def __init__(
         self,
         *,
@@ -888,10 +895,11 @@ class StoreStatus(_message.Message):
         remote_corrupt_total: _builtins.int = ...,
         served_total: _builtins.int = ...,
         failed_pulls_total: _builtins.int = ...,
+        overdue_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "failed_pulls_total", b"failed_pulls_total", "fenced_total", b"fenced_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "pinned_blocks", b"pinned_blocks", "pulled_total", b"pulled_total", "remote_corrupt_total", b"remote_corrupt_total", "reserved_blocks", b"reserved_blocks", "served_total", b"served_total", "slot_bytes", b"slot_bytes", "ssd_blocks", b"ssd_blocks", "ssd_corrupt_total", b"ssd_corrupt_total", "ssd_hit_blocks_total", b"ssd_hit_blocks_total", "ssd_loaded_total", b"ssd_loaded_total", "ssd_spilled_total", b"ssd_spilled_total", "ssd_state", b"ssd_state", "stored_total", b"stored_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "failed_pulls_total", b"failed_pulls_total", "fenced_total", b"fenced_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "overdue_blocks", b"overdue_blocks", "pinned_blocks", b"pinned_blocks", "pulled_total", b"pulled_total", "remote_corrupt_total", b"remote_corrupt_total", "reserved_blocks", b"reserved_blocks", "served_total", b"served_total", "slot_bytes", b"slot_bytes", "ssd_blocks", b"ssd_blocks", "ssd_corrupt_total", b"ssd_corrupt_total", "ssd_hit_blocks_total", b"ssd_hit_blocks_total", "ssd_loaded_total", b"ssd_loaded_total", "ssd_spilled_total", b"ssd_spilled_total", "ssd_state", b"ssd_state", "stored_total", b"stored_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from perigee.kvstore.blocks import BlockKey
-from perigee.kvstore.index import BlockIndex
+from perigee.kvstore.index import Block, BlockIndex
 from perigee.kvstore.jobs import DropSegment
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import BlockEvent, Tier
@@ -70,7 +70,8 @@ class Tiers:
     def bring(self, request: Fetch, now: float) -> bool:
         """Begins to load and pull what is awaited. False, with nothing begun, if there is no room for all of it."""
         loads, pulls = self._sources(request)
-        if len(loads) + len(pulls) > self._index.room:
+        needed = len(loads) + len(pulls)
+        if needed > self._index.room or not self.free_up(needed, request.drop_at, now):
             return False
         for key in loads:
             self.load(key)
@@ -93,19 +94,35 @@ class Tiers:
 
     # ---- out of the arena ----------------------------------------------------------------------------------------
 
+    def free_up(self, num_slots: int, drop_at: float, now: float) -> bool:
+        """Whether so many slots can be taken now, though the index may have to drop blocks for them.
+
+        Before `drop_at` they can once they are free: until then what is worth it of the blocks that must leave is being
+        written to SSD.
+        """
+        if self._ssd is None or self._ssd.is_off or now >= drop_at:
+            return True
+        while self._coming_free < num_slots and (victim := self._index.victim()):
+            self._give_up(victim)
+        return self._index.free_slots >= num_slots
+
     def reclaim(self) -> None:
         """Gives up blocks before their slots are needed, as long as there is an SSD that may want them."""
-        if self._ssd is None:
+        if self._ssd is None or self._ssd.is_off:
             return
         self._reclaiming = self._coming_free < (self._limits.free_high if self._reclaiming else self._limits.free_low)
         while self._reclaiming and self._moves.num_spills < self._limits.spills and (victim := self._index.victim()):
-            if self._ssd.begin_spill(victim):
-                self._moves.spill(victim)
-            else:
-                self._index.evict(victim)
+            self._give_up(victim)
             self._reclaiming = self._coming_free < self._limits.free_high
         for segment in self._ssd.segments_to_drop():
             self._moves.ask(DropSegment(segment))
+
+    def _give_up(self, victim: Block) -> None:
+        assert self._ssd is not None
+        if self._ssd.begin_spill(victim):
+            self._moves.spill(victim)
+        else:
+            self._index.evict(victim)
 
     @property
     def _coming_free(self) -> int:

@@ -33,13 +33,15 @@ class Answer(NamedTuple):
 class Acquire:
     """Waits for room and then, if part of its prefix is on SSD, for that to be loaded.
 
-    From then on `hold` has all that it will get: `leased`, the slots `reserved`, and soon the blocks in `loading`.
+    From `drop_at` on blocks that leave for it are not spilled first. Once there is room `hold` has all that it will
+    get: `leased`, the slots `reserved`, and soon the blocks in `loading`.
     """
 
     caller: Caller
     keys: Sequence[BlockKey]
     parent: BlockKey
     deadline: float
+    drop_at: float
     hold: GroupId | None = None
     leased: dict[int, LeasedBlock] = field(default_factory=dict)  # by index
     reserved: tuple[Reservation, ...] = ()
@@ -48,13 +50,17 @@ class Acquire:
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """Waits for blocks, whoever brings them. Without `source` that is a commit on this node, or the SSD."""
+    """Waits for blocks, whoever brings them. Without `source` that is a commit on this node, or the SSD.
+
+    From `drop_at` on blocks that leave for it are not spilled first.
+    """
 
     caller: Caller
     keys: Sequence[BlockKey]
     parent: BlockKey
     source: str
     deadline: float
+    drop_at: float
     patient: bool  # waits for what is not under way, too
     awaited: dict[BlockKey, int] = field(default_factory=dict)  # to its index
     missing: list[int] = field(default_factory=list)  # what will not come

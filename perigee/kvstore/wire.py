@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from perigee.kvstore import store_pb2 as pb
-from perigee.kvstore.errors import InvalidRequest, NoRoom, QuotaExceeded, StoreError, TooLarge
+from perigee.kvstore.errors import Fenced, InvalidRequest, NoRoom, QuotaExceeded, StoreError, TooLarge
 from perigee.kvstore.messages import (
     Acquired,
     BlockEvent,
@@ -19,6 +19,7 @@ _REASONS: dict[type[StoreError], pb.Refused.Reason.ValueType] = {
     TooLarge: pb.Refused.TOO_LARGE,
     InvalidRequest: pb.Refused.INVALID,
     QuotaExceeded: pb.Refused.QUOTA,
+    Fenced: pb.Refused.FENCED,
 }
 _ERRORS: dict[int, type[StoreError]] = {reason: error for error, reason in _REASONS.items()}
 

@@ -45,6 +45,7 @@ _STORE_GAUGES = {
     "committed_blocks": ("perigee_store_committed_blocks", "Blocks that can be read"),
     "leased_blocks": ("perigee_store_leased_blocks", "Blocks in use"),
     "reserved_blocks": ("perigee_store_reserved_blocks", "Slots being written"),
+    "overdue_blocks": ("perigee_store_overdue_blocks", "Slots kept by writers whose reservation has ended"),
     "connections": ("perigee_store_connections", "Workers connected"),
     "pinned_blocks": ("perigee_store_pinned_blocks", "Blocks that tenants have pinned"),
     "ssd_blocks": ("perigee_store_ssd_blocks", "Blocks that can be read from SSD"),

@@ -93,3 +93,13 @@ def test_the_conversation_trace_at_three_million_tokens(mooncake_path: Path) -> 
 def test_an_arena_of_no_block_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="--capacity-tokens: 511 given"):
         run(EvictionBenchConfig(trace=tmp_path / "none", capacity_tokens=511))
+
+
+def test_a_trace_that_names_no_blocks_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "azure.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,374,109\n"
+    )
+    with pytest.raises(BenchError, match="no block of it returns; allowed are traces whose prompts name their blocks"):
+        run(EvictionBenchConfig(trace=trace))

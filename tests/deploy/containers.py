@@ -154,7 +154,7 @@ class Machine:
 
     def _translated(self, word: str, container: Container, inside: Mapping[str, Path]) -> str:
         paths = "|".join(map(re.escape, sorted(inside, key=len, reverse=True))) or "$^"
-        word = re.sub(rf"(?<![\w/])(?:{paths})(?=/)", lambda match: str(inside[match[0]]), word)
+        word = re.sub(rf"(?<![\w/])(?:{paths})(?=/|$)", lambda match: str(inside[match[0]]), word)
         word = word.replace("0.0.0.0", self.address(container.name))
         for host in {host for each in self.containers for host in each.hosts}:
             # A host stands before a port, and alone where a process says how others reach it.

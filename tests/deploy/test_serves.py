@@ -30,7 +30,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(params=["compose", "kubernetes"])
 def machine(request: pytest.FixtureRequest, folder: Path, tiny_llama: Path) -> Iterator[Machine]:
     if request.param == "compose":
-        variables = {"PERIGEE_MODEL": str(tiny_llama), "PERIGEE_DTYPE": "float32", "PERIGEE_DRAM_BYTES": "64MiB"}
+        sizes = {"PERIGEE_DRAM_BYTES": "64MiB", "PERIGEE_SSD_BYTES": "64MiB"}
+        variables = {"PERIGEE_MODEL": str(tiny_llama), "PERIGEE_DTYPE": "float32", **sizes}
         containers, replacements = of_compose(variables), {}
     else:
         containers = of_kubernetes()
@@ -38,6 +39,7 @@ def machine(request: pytest.FixtureRequest, folder: Path, tiny_llama: Path) -> I
             f"--model={MODEL}": f"--model={tiny_llama}",
             "--dtype=bfloat16": "--dtype=float32",
             "--dram-bytes=4GiB": "--dram-bytes=64MiB",
+            "--ssd-bytes=16GiB": "--ssd-bytes=64MiB",
         }
     with started(folder, containers, replacements) as machine:
         yield machine
@@ -48,6 +50,7 @@ def test_the_containers_of_a_deployment_serve_together(machine: Machine) -> None
     state = cluster(machine)
     assert sorted(store["id"] for store in state["stores"]) == ["node-a", "node-b"]
     assert sorted(worker["role"] for worker in state["workers"]) == ["decode", "decode", "prefill", "prefill"]
+    wait_until(machine, lambda: all(store["load"]["ssd_state"] == "SSD_ON" for store in cluster(machine)["stores"]))
     answer = complete(machine)
     assert answer["usage"]["completion_tokens"] == 8
     with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -39,8 +39,12 @@ def config_of(
 async def running(config: StoreConfig, directory: HostedDirectory) -> AsyncIterator[RunningNode]:
     """A node that has joined, and has left again afterwards."""
     serving = asyncio.create_task(node.run(config))
-    members = await directory.until(lambda members: config.id in {member.id for member in members})
-    (member,) = [member for member in members if member.id == config.id]
+    joining = asyncio.create_task(directory.until(lambda members: config.id in {member.id for member in members}))
+    await asyncio.wait([serving, joining], return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        joining.cancel()
+        serving.result()
+    (member,) = [member for member in joining.result() if member.id == config.id]
     try:
         yield RunningNode(config, member)
     finally:

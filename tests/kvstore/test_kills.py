@@ -122,6 +122,8 @@ async def test_a_node_that_is_killed_while_it_spills_comes_back_with_whole_block
     spilling = asyncio.ensure_future(_fill(client))
     assert await _says(process) == step
     process.kill()
+    # It leaves the directory before it is gone, and with it the lock on its folder.
+    await asyncio.to_thread(process.wait)
     await asyncio.gather(spilling, return_exceptions=True)
     await client.close()
     await hosted_directory.until(lambda members: not members)

@@ -3,6 +3,7 @@
 import math
 import select
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from perigee.kvstore.transfer.frames import Ask, Kind, Reply
 # Little enough to be in the cache still when it is read for the checksum.
 _CHUNK_BYTES = 512 << 10
 _DELIVER_BYTES = 1 << 20
+_MAX_TIMEOUT_S = 1e6  # the kernel's limit is above that
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,17 @@ def receive_payloads(link: socket.socket, wanted: Sequence[Wanted], wait_s: floa
             deliveries.add(judge(reply, block, _receive_payload(link, block.into)), reply.size_bytes)
     finally:
         deliveries.flush()  # what came before a link broke did come
+
+
+def wait_in_kernel(link: socket.socket, timeout_s: float) -> None:
+    """Lets calls on `link` wait in the kernel until all is there, each for `timeout_s` seconds without a byte at most.
+
+    A timeout of Python's own would cost two system calls for each time that some bytes have come.
+    """
+    timeout = struct.pack("@ll", *divmod(math.ceil(min(timeout_s, _MAX_TIMEOUT_S) * 1e6), 1_000_000))
+    link.setblocking(True)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        link.setsockopt(socket.SOL_SOCKET, option, timeout)
 
 
 class _Deliveries:
@@ -124,7 +137,7 @@ def _receive_exactly(link: socket.socket, size_bytes: int) -> bytearray:
 
 
 def _receive(link: socket.socket, into: memoryview) -> int:
-    got = link.recv_into(into)
+    got = link.recv_into(into, 0, socket.MSG_WAITALL)
     if not got:
         raise EOFError("the peer closed the connection")
     return got

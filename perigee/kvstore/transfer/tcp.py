@@ -11,7 +11,7 @@ from perigee.kvstore.errors import InvalidRequest, MalformedFrame
 from perigee.kvstore.transfer import frames
 from perigee.kvstore.transfer.base import Received, TransferFailed, Wanted
 from perigee.kvstore.transfer.connections import Connections
-from perigee.kvstore.transfer.receiving import Corrupt, Deliver, Outcome, receive_payloads
+from perigee.kvstore.transfer.receiving import Corrupt, Deliver, Outcome, receive_payloads, wait_in_kernel
 from perigee.kvstore.transfer.settle import settle, shut_down
 
 _log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class TcpTransfer:
     ) -> "asyncio.Future[None]":
         """Lets a thread receive. What it delivers goes into `outcomes`, and None once it has ended."""
         loop = asyncio.get_running_loop()
-        link.settimeout(wait_s + _SILENCE_S)
+        wait_in_kernel(link, wait_s + _SILENCE_S)
 
         def deliver(delivered: Sequence[Outcome]) -> None:
             loop.call_soon_threadsafe(outcomes.put_nowait, delivered)
