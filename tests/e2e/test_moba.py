@@ -1,4 +1,4 @@
-"""MoBA over the API: prefill and decode workers give what one engine does, sparse and full, fresh and from the cache."""
+"""MoBA over the API: both roles and the cache give what one engine does, with full and with sparse decode."""
 
 from collections.abc import Iterator
 from pathlib import Path
