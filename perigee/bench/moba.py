@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from perigee.bench import ours
+from perigee.bench import ours, random_moonlight
 from perigee.bench.errors import BenchError
 from perigee.bench.machine import describe
 from perigee.bench.workload import Job, Sizes, directory_of
@@ -31,7 +32,9 @@ class MobaBenchConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(default="smollm2-135m-instruct", description="checkpoint, as for `perigee up`")
+    model: str = Field(
+        default="", description="checkpoint, as for `perigee up`; default: a random one of 72M"
+    )
     lengths: tuple[int, ...] = Field(default=(4096, 8192, 16384), description="prompt lengths in tokens")
     moba: str = Field(default="block_size=512,top_k=3", description="block-sparse attention, as for `perigee up`")
     max_batched_tokens: int = Field(default=65536, ge=1, description="tokens a step computes at most")
@@ -91,14 +94,9 @@ def run(config: MobaBenchConfig) -> int:
     """Measures, and shows the results. Raises BenchError for a length that the model has no positions for."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    directory = directory_of(config.model, "bfloat16")
-    model = load_config(directory)
-    if max(config.lengths) > model.max_context:
-        raise BenchError(f"--lengths: {max(config.lengths)}; the model has {model.max_context} positions")
-    full = _subject(config, directory, model, None)
-    sparse = _subject(config, directory, model, MobaConfig.parse(config.moba))
-    times = {length: _best(full, sparse, length, config.rounds) for length in config.lengths}
-    results = _results(config, times)
+    with tempfile.TemporaryDirectory(prefix="perigee-bench-") as folder:
+        directory = directory_of(config.model, "bfloat16") if config.model else random_moonlight.write(Path(folder))
+        results = _measure(config, directory)
     if config.json_file == "-":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return 0
@@ -106,6 +104,16 @@ def run(config: MobaBenchConfig) -> int:
     if config.json_file:
         Path(config.json_file).write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def _measure(config: MobaBenchConfig, directory: Path) -> dict[str, Any]:
+    model = load_config(directory)
+    if max(config.lengths) > model.max_context:
+        raise BenchError(f"--lengths: {max(config.lengths)}; the model has {model.max_context} positions")
+    full = _subject(config, directory, model, None)
+    sparse = _subject(config, directory, model, MobaConfig.parse(config.moba))
+    times = {length: _best(full, sparse, length, config.rounds) for length in config.lengths}
+    return _results(config, times)
 
 
 def _subject(config: MobaBenchConfig, directory: Path, model: ModelConfig, moba: MobaConfig | None) -> Subject:

@@ -117,6 +117,14 @@ def test_what_it_does_not_understand_is_named(tiny_llama: Path, text: str, probl
         load_config(tiny_llama, text)
 
 
+def test_a_checkpoint_may_ask_for_it_and_an_operator_overrule_it(tmp_path: Path) -> None:
+    wanted = {"block_size": 512, "top_k": 3, "full_layers": 1, "min_length": 4096, "decode": "moba"}
+    tiny_moonlight.write(tmp_path, moba=wanted)
+    assert load_config(tmp_path).moba == MobaConfig(512, 3, 1, 4096, "moba")
+    assert load_config(tmp_path, "off").moba is None
+    assert load_config(tmp_path, "block_size=64,top_k=2").moba == MobaConfig(64, 2)
+
+
 def test_a_block_must_be_whole_kvcache_blocks() -> None:
     with pytest.raises(UnsupportedModel, match="block_size: 48 is not a multiple of block_tokens, which is 32"):
         MobaConfig(48, 3).check(32, 4)
