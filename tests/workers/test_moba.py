@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from perigee.kvstore.blocks import PayloadLayout
+from perigee.workers.attention.base import KVPool, Span, StepBatch
+from perigee.workers.attention.grouped import GroupedAttention
 from perigee.workers.attention.moba import attend_sparse, choose_blocks, merge
 from perigee.workers.attention.varlen import attend_varlen
+from perigee.workers.engine.pages import PageTable
+from perigee.workers.kernels.base import DecodeBatch
 from perigee.workers.kernels.build import NativeUnavailable
 from perigee.workers.kernels.native import NativeKernels, load
+from perigee.workers.kernels.reference import TorchKernels
+from perigee.workers.model.moba_config import MobaConfig
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -181,3 +188,32 @@ def test_the_native_form_equals_the_torch_form(
     assert attended is not None
     exact = attend_sparse(q.float(), keys.float(), values.float(), start, 0.2, chosen.long(), block_size, attend_varlen)
     assert torch.allclose(attended.float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no compiler, or no AVX-512 bfloat16 on this machine")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_sparse_decode_over_pages_equals_the_torch_form(kv_heads: int) -> None:
+    """Each head reads the pages it chose; positions below min_length, and prompts that decode full, read all."""
+    moba = MobaConfig(block_size=64, top_k=3, min_length=70, decode="moba")
+    pool = KVPool(PayloadLayout(1, 2, kv_heads * 32, "bfloat16", 32), 64, with_centroids=True)
+    pool.tensor.copy_(random(*pool.tensor.shape))
+    cache, order = pool.layers[0], torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
+    cache.summarise(torch.arange(64))
+    starts = [0, 63, 64, 70, 200, 447]
+    spans, first = [], 0
+    for row, start in enumerate(starts):
+        pages = PageTable(tuple(order[first : first + start // 32 + 1]), 32)
+        first += start // 32 + 1
+        spans.append(Span(row, 1, start, 10, pages, torch.tensor(pages.rows(0, start + 1)), torch.bfloat16))
+    width = max(len(span.pages.pages) for span in spans)
+    tables = torch.tensor([span.pages.pages + (0,) * (width - len(span.pages.pages)) for span in spans]).int()
+    decode = DecodeBatch(tables, torch.tensor(starts) + 1, 32, max(starts) + 1)
+    none = torch.empty(0, dtype=torch.int64)
+    q = random(len(starts), 4, 32, seed=2).bfloat16()
+    native, plain = (
+        GroupedAttention(kv_heads, 32, kernels, moba).attend(
+            q, cache, StepBatch(torch.tensor(starts), none, tuple(spans), decode, none)
+        )
+        for kernels in (KERNELS["tiles"], TorchKernels())
+    )
+    assert torch.allclose(native.float(), plain.float(), atol=0.02, rtol=0.02)
