@@ -34,6 +34,11 @@ class SeedResult:
         return self._share_of(finals.first_reaching(self.adamw.final))
 
     @property
+    def share_is_bound(self) -> bool:
+        """Whether `share` is that of the shortest run, which was better already: so the true share is lower."""
+        return self.muon[min(self.muon)].final < self.adamw.final
+
+    @property
     def share_on_curve(self) -> float | None:
         """The share after which the longest Muon run was as good, in the middle of its schedule: an upper bound."""
         return self._share_of(self.muon[max(self.muon)].first_reaching(self.adamw.final))
@@ -56,6 +61,7 @@ class Comparison:
             "tuning": {name: {str(lr): loss for lr, loss in losses.items()} for name, losses in self.tuning.items()},
             "tuned_lr": {name: best_lr(losses) for name, losses in self.tuning.items()},
             "share": _summary([result.share for result in self.seeds]),
+            "share_is_bound": [result.share_is_bound for result in self.seeds],
             "share_on_curve": _summary([result.share_on_curve for result in self.seeds]),
             "paper_share": PAPERS_SHARE,
             "seeds": [_seed_json(result) for result in self.seeds],

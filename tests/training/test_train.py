@@ -71,7 +71,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_model_learns(corpus: Corpus, optimizer: Any, dtype: Any) -> None:
     curve = Trainer(replace(RECIPE, optimizer=optimizer, dtype=dtype, steps=30), corpus).run()
     assert curve.training[0] == pytest.approx(math.log(SHAPE.vocab_size), rel=0.05)
@@ -187,7 +187,8 @@ def test_the_share_is_where_muons_finals_meet_adamws() -> None:
     result = SeedResult(0, adamw, muon)
     assert result.share == pytest.approx(0.5)
     assert result.share_on_curve == pytest.approx(0.84)
-    assert SeedResult(0, adamw, {40: curve((40, 2.0))}).share == pytest.approx(0.4)
+    better = SeedResult(0, adamw, {40: curve((40, 2.0))})
+    assert better.share == pytest.approx(0.4) and better.share_is_bound and not result.share_is_bound
     worse = SeedResult(0, adamw, {100: curve((100, 3.1))})
     assert worse.share is None and worse.share_on_curve is None
     summary = Comparison(RECIPE, {"muon": {0.1: 3.0, 0.2: 2.0}}, [result, worse]).as_json()
