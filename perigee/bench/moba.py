@@ -32,9 +32,7 @@ class MobaBenchConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(
-        default="", description="checkpoint, as for `perigee up`; default: a random one of 72M"
-    )
+    model: str = Field(default="", description="checkpoint, as for `perigee up`; default: a random one of 72M")
     lengths: tuple[int, ...] = Field(default=(4096, 8192, 16384), description="prompt lengths in tokens")
     moba: str = Field(default="block_size=512,top_k=3", description="block-sparse attention, as for `perigee up`")
     max_batched_tokens: int = Field(default=65536, ge=1, description="tokens a step computes at most")

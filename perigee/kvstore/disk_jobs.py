@@ -46,6 +46,7 @@ class SsdJobs:
         self._spills: list[Spill] = []
         self._num_writers = 0
         self._under_way: dict[asyncio.Future[object], Future[object]] = {}  # with what the threads know it by
+        self._answered_at = 0.0  # when a thread last ended a job, or the first of those under way was begun
 
     def start(self, job: Load | Spill | DropSegment) -> None:
         match job:
@@ -75,10 +76,12 @@ class SsdJobs:
     def _call(self, work: Callable[[], object], ended: Callable[["asyncio.Future[object]"], None]) -> None:
         submitted = self._threads.submit(work)
         future = asyncio.wrap_future(submitted, loop=self._loop)
+        if not self._under_way:
+            self._answered_at = self._loop.time()
         self._under_way[future] = submitted
-        timeout = self._loop.call_later(self._timeout_s, self._time_is_over)
+        timeout = self._loop.call_later(self._timeout_s, self._check_silence)
         future.add_done_callback(lambda _: timeout.cancel())
-        future.add_done_callback(self._under_way.pop)
+        future.add_done_callback(self._answered)
         future.add_done_callback(ended)
 
     # ---- ends ----------------------------------------------------------------------------------------------------
@@ -114,8 +117,17 @@ class SsdJobs:
             _log.error("ssd job refused error=%s", error)
         return None
 
-    def _time_is_over(self) -> None:
-        self._failed(TierFailed(f"the disk has not answered for {self._timeout_s} s"))
+    def _answered(self, future: "asyncio.Future[object]") -> None:
+        self._under_way.pop(future)
+        self._answered_at = self._loop.time()
+
+    def _check_silence(self) -> None:
+        """A job has waited long. That the disk is busy with others before it is no reason to give the disk up."""
+        left_s = self._answered_at + self._timeout_s - self._loop.time()
+        if left_s <= 0:
+            self._failed(TierFailed(f"the disk has not answered for {self._timeout_s} s"))
+        elif self._under_way:
+            self._loop.call_later(left_s, self._check_silence)
 
     def _failed(self, error: TierFailed) -> None:
         ssd = self._driver.store.ssd

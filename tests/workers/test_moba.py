@@ -173,15 +173,15 @@ def test_the_native_form_equals_the_torch_form(
 ) -> None:
     kernels, (num_heads, kv_heads), context = KERNELS[unit], heads, start + length
     q = random(length, num_heads, 64, seed=1).bfloat16()
-    both = random(context, kv_heads, 64 - shared + 96, seed=2).bfloat16()
+    both = (random(context, kv_heads, 64 - shared + 96, seed=2) + 1).bfloat16()  # keys have much in common
     own, values = both[..., : 64 - shared], both[..., 64 - shared :]
     common = random(context, shared, seed=3).bfloat16()
     keys = torch.cat([own, common[:, None].expand(-1, kv_heads, -1)], dim=-1)
-    centroids = centroids_of(keys.float(), block_size, context).bfloat16()  # as exact as the native gate has them
+    centroids = centroids_of(keys.float(), block_size, context)
     chosen = kernels.choose_blocks(q, centroids, start, block_size, top_k - 1)
     expected = choose_blocks(q, centroids, start, block_size, top_k - 1)
     agree = (chosen.long().sort(-1).values == expected.sort(-1).values).all(-1)
-    assert agree.float().mean() > 0.99, "they may differ where two scores tie within rounding"
+    assert agree.float().mean() > 0.98, "they may differ where two scores tie within rounding"
     attended = kernels.attend_sparse(
         q, own, values, start, 0.2, chosen, block_size, shared_keys=common if shared else None
     )
@@ -204,7 +204,7 @@ def test_sparse_decode_over_pages_equals_the_torch_form(kv_heads: int) -> None:
     for row, start in enumerate(starts):
         pages = PageTable(tuple(order[first : first + start // 32 + 1]), 32)
         first += start // 32 + 1
-        spans.append(Span(row, 1, start, 10, pages, torch.tensor(pages.rows(0, start + 1)), torch.bfloat16))
+        spans.append(Span(row, 1, start, 10, pages, torch.bfloat16))
     width = max(len(span.pages.pages) for span in spans)
     tables = torch.tensor([span.pages.pages + (0,) * (width - len(span.pages.pages)) for span in spans]).int()
     decode = DecodeBatch(tables, torch.tensor(starts) + 1, 32, max(starts) + 1)

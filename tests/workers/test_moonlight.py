@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from perigee.workers.attention.base import Span
 from perigee.workers.attention.latent import LatentAttention
 from perigee.workers.engine.engine import Engine
 from perigee.workers.engine.kv_io import payload_views
+from perigee.workers.engine.pages import PageTable
 from tests import tiny_moonlight
 from tests.workers.engines import BLOCK_TOKENS, engine, logits, prefill_payloads, run, run_cached, sequence
 
@@ -113,16 +115,19 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(variant: str, tmp_pa
 def test_both_forms_of_attention_are_exact_however_prompts_are_cut(
     moonlight: Pair, max_batched_tokens: int, absorbs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LatentAttention, "absorbs", lambda self, length, context: absorbs)
+    monkeypatch.setattr(LatentAttention, "absorbs", lambda self, span: absorbs)
     assert_exact(moonlight, max_batched_tokens)
 
 
 def test_the_form_that_takes_fewer_operations_is_taken(moonlight: Pair) -> None:
     attention = moonlight.engine.runner.model.layers[0].attention.backend
-    assert attention.absorbs(1, 2)
-    assert attention.absorbs(8, 4096)
-    assert not attention.absorbs(256, 256)
-    assert not attention.absorbs(256, 1024)
+    pages = PageTable(tuple(range(128)), 32)
+
+    def absorbs(length: int, context: int) -> bool:
+        return bool(attention.absorbs(Span(0, length, context - length, context, pages, torch.float32)))
+
+    assert absorbs(1, 2) and absorbs(8, 4096)
+    assert not absorbs(256, 256) and not absorbs(256, 1024)
 
 
 def test_greedy_output_is_what_transformers_generates(moonlight: Pair) -> None:

@@ -23,13 +23,26 @@ class Span:
     start: int
     prompt_len: int
     pages: PageTable
-    pool_rows: slice | Tensor  # rows of the pool that hold positions [0, start + length)
     dtype: torch.dtype
 
     @property
     def context(self) -> int:
         """Positions that the last of its tokens sees."""
         return self.start + self.length
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The pages, [pages] int64."""
+        return torch.tensor(self.pages.pages, dtype=torch.int64)
+
+    @cached_property
+    def pool_rows(self) -> slice | Tensor:
+        """The pool's rows of the positions before `context`, as a slice where the pages allow it: then attention copies
+        nothing."""
+        if self.pages.is_contiguous:
+            first = self.pages.row(0)
+            return slice(first, first + self.context)
+        return torch.tensor(self.pages.rows(0, self.context))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -73,8 +86,9 @@ class LayerCache:
         assert self.centroids is not None
         per_block = block_size // span.pages.page_tokens
         count = (span.context - 1) // block_size
-        pages = torch.tensor(span.pages.pages[: count * per_block], dtype=torch.int64)
-        return self.centroids[pages].view(count, per_block, self.centroids.shape[1]).mean(dim=1)
+        return (
+            self.centroids[span.table[: count * per_block]].view(count, per_block, self.centroids.shape[1]).mean(dim=1)
+        )
 
 
 class KVPool:

@@ -17,12 +17,13 @@ def attend_decode(
     Returns [sequences, heads, value_dim]; None if the kernels leave this shape to torch.
     """
     moba = chunks.moba
-    if moba is None or not any(_is_sparse(span, moba) for span in batch.spans):
+    if moba is None or not any(is_sparse(span, moba) for span in batch.spans):
         return chunks.kernels.attend_decode(q, cache.keys, values, decode, chunks.scale)
     return _attend_chosen(q, cache, values, batch.spans, chunks, moba)
 
 
-def _is_sparse(span: Span, moba: MobaConfig) -> bool:
+def is_sparse(span: Span, moba: MobaConfig) -> bool:
+    """Whether its first position chooses blocks."""
     first, stop = moba.sparse_from(span.prompt_len)
     return first <= span.start < stop
 
@@ -59,10 +60,10 @@ def _pages(q: Tensor, cache: LayerCache, span: Span, moba: MobaConfig, kv_heads:
     heads, block_size = len(q), moba.block_size
     per_block = block_size // span.pages.page_tokens
     own_first = span.start // block_size * block_size
-    table = torch.tensor(span.pages.pages)
+    table = span.table
     last = -(-span.context // span.pages.page_tokens)
     count = min(moba.top_k - 1, own_first // block_size)
-    if not _is_sparse(span, moba):
+    if not is_sparse(span, moba):
         return table[:last].expand(heads, -1), span.context
     own = table[own_first // span.pages.page_tokens : last].expand(heads, -1)
     if count == 0:

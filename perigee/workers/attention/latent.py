@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perigee.workers.attention.base import LayerCache, Span, StepBatch
 from perigee.workers.attention.chunks import ChunkAttention, with_shared
-from perigee.workers.attention.decode import attend_decode
+from perigee.workers.attention.decode import attend_decode, is_sparse
 from perigee.workers.kernels.base import Kernels, Matrix
 from perigee.workers.model.layers import Prepared
 from perigee.workers.model.moba_config import MobaConfig
@@ -70,15 +70,16 @@ class LatentAttention:
         return out
 
     def _attend_span(self, q: Tensor, cache: LayerCache, up: UpProjection, span: Span) -> Tensor:
-        attend = self._absorbed if self.absorbs(span.length, span.context) else self._expanded
+        attend = self._absorbed if self.absorbs(span) else self._expanded
         return attend(q, cache, up, span)
 
-    def absorbs(self, length: int, context: int) -> bool:
-        """Whether the absorbed form takes fewer operations for the last `length` tokens of `context`, a head."""
+    def absorbs(self, span: Span) -> bool:
+        """Whether the absorbed form takes fewer operations for this part of a step, a head."""
         config, moba = self.config, self.chunks.moba
+        length, context = span.length, span.context
         rank, head_dims = config.kv_lora_rank, config.nope_dim + config.value_dim
         seen = context - (length - 1) / 2
-        if moba:
+        if moba and is_sparse(span, moba):
             seen = min(seen, moba.block_size * (moba.top_k - 0.5))
         absorbed = length * rank * head_dims + length * seen * (2 * rank + config.rope_dim)
         expanded = context * rank * head_dims + length * seen * (head_dims + config.rope_dim)
@@ -107,7 +108,10 @@ class LatentAttention:
         nope, values, turned = self._expand(cache.keys[span.pool_rows], up)
 
         def centroids() -> Tensor:
-            own, _, shared = self._expand(self._centroids(cache, span).to(q.dtype), up)
+            blocks = self._centroids(cache, span)
+            # What blocks have in common ranks none of them, and would be all that bfloat16 has room for.
+            distinct = blocks if q.dtype == torch.float32 else blocks - blocks[:1]
+            own, _, shared = self._expand(distinct.to(q.dtype), up)
             return with_shared(own, shared)
 
         return self.chunks.attend(q, nope, values, span, centroids, shared_keys=turned)

@@ -1,12 +1,10 @@
 """Runs one step of the model over the paged KV pool."""
 
 import torch
-from torch import Tensor
 
 from perigee.kvstore.blocks import num_blocks
 from perigee.workers.attention.base import KVPool, Span, StepBatch
 from perigee.workers.engine.batcher import Active, Chunk
-from perigee.workers.engine.pages import PageTable
 from perigee.workers.engine.sampler import Draw, sample
 from perigee.workers.engine.sequence import Token
 from perigee.workers.kernels.base import DecodeBatch
@@ -46,9 +44,8 @@ class Runner:
 
     def _span(self, chunk: Chunk, first: int) -> Span:
         pages = chunk.active.pages
-        rows = _pool_rows(pages, chunk.stop)
         prompt_len = chunk.active.sequence.prompt_len
-        return Span(first, chunk.length, chunk.start, prompt_len, pages, rows, self.pool.tensor.dtype)
+        return Span(first, chunk.length, chunk.start, prompt_len, pages, self.pool.tensor.dtype)
 
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
@@ -71,15 +68,6 @@ def _full_pages(chunk: Chunk) -> tuple[int, ...]:
     """The pages that this chunk fills to the end."""
     pages = chunk.active.pages
     return pages.pages[chunk.start // pages.page_tokens : chunk.stop // pages.page_tokens]
-
-
-def _pool_rows(pages: PageTable, stop: int) -> slice | Tensor:
-    """The pool's rows of the positions before `stop`, as a slice where the pages allow it: then attention copies
-    nothing."""
-    if pages.is_contiguous:
-        first = pages.row(0)
-        return slice(first, first + stop)
-    return torch.tensor(pages.rows(0, stop))
 
 
 def _sampled_rows(chunks: list[Chunk]) -> list[int]:

@@ -204,7 +204,8 @@ class NativeKernels(TorchKernels):
             return super().choose_blocks(q, centroids, start, block_size, count)
         padded = -(-blocks // 32) * 32
         packed = q.new_zeros(kv_heads, padded, head_dim)
-        packed[:, :blocks] = centroids.transpose(0, 1)
+        # What blocks have in common ranks none of them, and would be all that bfloat16 has room for.
+        packed[:, :blocks] = (centroids - centroids[:1]).transpose(0, 1)
         self.matrices(packed)
         q, chosen = q.contiguous(), torch.empty(length, heads, count, dtype=torch.int32)
         pointers = (q.data_ptr(), packed.data_ptr(), chosen.data_ptr())

@@ -79,5 +79,4 @@ def _own(layer: LayerCache) -> LayerCache:
 
 
 def _span(pages: PageTable, first: int, length: int, pool: KVPool) -> Span:
-    begin = pages.row(0)
-    return Span(first, length, 0, length, pages, slice(begin, begin + length), pool.tensor.dtype)
+    return Span(first, length, 0, length, pages, pool.tensor.dtype)

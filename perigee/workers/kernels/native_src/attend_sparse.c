@@ -51,7 +51,8 @@ int perigee_choose_blocks(const bf16 *q, const bf16 *centroids, int32_t *chosen,
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 // Rows of one task: the more, the fewer times a block is read for those that chose it.
-enum { LEAST_ROWS = 256, MOST_ROWS = 16384 };
+// What the tasks sum up, all threads together, is kept within a budget, as the KVCache's own size grows with neither.
+enum { LEAST_ROWS = 256, SUMS_BYTES = 64 << 20 };
 
 // What each row attends to beside its own block: [length, heads, count] blocks of `block` tokens, -1 for none.
 typedef struct {
@@ -153,8 +154,9 @@ static void attend_sparse_head(const chunk *c, const packed *p, const selection 
 // As perigee_attend_chunk, but a row sees its own block of `block` tokens, and of those before it the ones in `chosen`
 // [length, heads, count]. `block` must be a multiple of 32.
 int perigee_attend_sparse(const chunk *c, const int32_t *chosen, long count, long block) {
-    const long share = c->length * (c->heads / c->kv_heads) / omp_get_max_threads();
-    const long rows = share < LEAST_ROWS ? LEAST_ROWS : share > MOST_ROWS ? MOST_ROWS : share;
+    const long threads = omp_get_max_threads(), most = SUMS_BYTES / (threads * c->value_d * (long)sizeof(float));
+    const long share = c->length * (c->heads / c->kv_heads) / threads, wanted = share < most ? share : most;
+    const long rows = wanted < LEAST_ROWS ? LEAST_ROWS : wanted;
     const selection s = {chosen, count, block, rows};
     packed p;
     if (block % 32 || !allocate_packed(c, &p)) return -1;

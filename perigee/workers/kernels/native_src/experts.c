@@ -93,6 +93,7 @@ typedef struct {
 
 typedef struct {
     long rows, num_tasks;
+    long *start;  // [experts + 1]: where each expert's rows begin
     int64_t *order;  // [rows]: which choice, token * per_token + i, lies in which gathered row
     task *tasks;
     bf16 *gathered, *hidden, *made;  // [rows, width], [rows, inter] by gathered row, [rows, width] by choice
@@ -107,7 +108,7 @@ INLINE long expert_of(const int64_t *experts, long choice, long per_token, long 
 // Sorts the choices by expert and cuts each expert's into tasks.
 static void plan(work *w, const int64_t *experts, long per_token, long routed, long num_experts) {
     const long first_shared = num_experts - (per_token - routed);
-    long start[MAX_EXPERTS + 1] = {0};
+    long *start = w->start;
     for (long c = 0; c < w->rows; c++) start[expert_of(experts, c, per_token, routed, first_shared) + 1]++;
     w->num_tasks = 0;
     for (long e = 0; e < num_experts; e++) {
@@ -121,15 +122,16 @@ static void plan(work *w, const int64_t *experts, long per_token, long routed, l
 
 static int allocate(work *w, long rows, long num_experts, long width, long inter) {
     w->rows = rows;
+    w->start = calloc(num_experts + 1, sizeof(long));
     w->order = malloc(rows * sizeof(int64_t));
     w->tasks = malloc((rows / TASK_ROWS + num_experts + 1) * sizeof(task));
     w->gathered = malloc(rows * (2 * width + inter) * sizeof(bf16));
     w->hidden = w->gathered + rows * width;
     w->made = w->hidden + rows * inter;
-    return w->order && w->tasks && w->gathered;
+    return w->start && w->order && w->tasks && w->gathered;
 }
 
-static void deallocate(work *w) { free(w->order), free(w->tasks), free(w->gathered); }
+static void deallocate(work *w) { free(w->start), free(w->order), free(w->tasks), free(w->gathered); }
 
 // hidden[:, col : col + 32] = silu(gate) * up for one task's rows.
 static void gate_and_up(const work *w, const task *t, const bf16 *gate_up, long col, long width, long inter) {
