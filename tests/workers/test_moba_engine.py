@@ -103,6 +103,25 @@ def test_blocks_carry_the_centroids_that_the_gate_saw(checkpoint: Path) -> None:
     assert bytes(payloads[0][64:]) == bytes(plain[0][64:])
 
 
+def test_every_full_page_has_the_mean_of_its_keys_whoever_filled_it(checkpoint: Path) -> None:
+    """Chunks, decode over a page's end, a prefix from the store with a partial block, pages used again."""
+    source, subject = (engine(checkpoint, moba=MOBA, max_batched_tokens=50, kv_tokens=1024) for _ in range(2))
+    run_cached(source, subject, sequence(PROMPT[:150], "cached", max_tokens=40))
+    run(subject, [sequence(PROMPT[i : i + 170], str(i), max_tokens=60) for i in range(3)])
+    one = sequence(PROMPT[:100], "last", max_tokens=40)
+    subject.batcher.add(one, one_token=False)
+    (active,) = subject.batcher.admit()
+    subject.load_blocks(active, list(enumerate(prefill_payloads(source, one))))
+    subject.ready(active, 99)
+    while subject.step():
+        pass
+    pool = subject.runner.pool
+    assert pool.centroids is not None
+    for page in active.pages.pages[: active.computed // BLOCK_TOKENS]:
+        mean = pool.page(page, BLOCK_TOKENS)[:, 0].mean(dim=1)
+        assert torch.allclose(pool.centroids[:, page], mean, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

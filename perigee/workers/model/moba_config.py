@@ -26,7 +26,7 @@ class MobaConfig:
     decode: str = "full"
 
     def sparse_from(self, prompt_len: int) -> tuple[int, int]:
-        """The positions [first, stop) of a sequence whose queries choose blocks. Nothing but the position decides."""
+        """The positions [first, stop) of a sequence whose queries choose blocks. Chunk and batch decide nothing."""
         stop = prompt_len if self.decode == "full" else 2**62
         return min(self.min_length, stop), stop
 
