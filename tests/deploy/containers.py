@@ -131,7 +131,10 @@ class Machine:
             environment[name] = self._translated(value, container, inside)
         with self.log.open("ab") as log:
             self.processes[container.name] = subprocess.Popen(
-                [self._translated(word, container, inside) for word in container.command],
+                [
+                    container.command[0],  # our interpreter, wherever this checkout lies
+                    *(self._translated(word, container, inside) for word in container.command[1:]),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
