@@ -43,7 +43,9 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
     api_keys_file: Path | None = Field(None, description="file of `name:key` lines; needed beyond loopback")
     model: str = Field(
-        DEFAULT_MODEL, min_length=1, description="a directory in Hugging Face layout, a .gguf file or a built-in name"
+        DEFAULT_MODEL,
+        min_length=1,
+        description="a directory in Hugging Face layout, a .gguf file, a Hugging Face name or a built-in one",
     )
     served_model_name: str | None = Field(None, description="what the API calls it, if not by the name it came with")
     nodes: int = Field(1, ge=1, description="number of store nodes; between them blocks go over TCP, as between hosts")

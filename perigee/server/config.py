@@ -14,7 +14,9 @@ class ServerConfig(ClusterProcess, frozen=True, extra="forbid"):
     host: str = Field("127.0.0.1", description="Address to listen on; other than loopback only with API keys.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     conductor: str = Field(description="gRPC target of the Conductor: host:port or unix:/path.")
-    model: str = Field(description="Model whose tokenizer to use: a built-in name, a directory or a GGUF file.")
+    model: str = Field(
+        description="Model whose tokenizer to use: a built-in name, a directory, a GGUF file or a Hugging Face name."
+    )
     dtype: DType = Field("bfloat16", description="The workers' dtype; says which conversion of a GGUF file to read.")
     served_model_name: str | None = Field(None, description="Model name in the API; the workers' name if not given.")
     api_keys_file: Path | None = Field(None, description="File of `name:key` lines; without it nobody is asked.")

@@ -15,7 +15,7 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
 
     id: str = Field(description="name in the cluster, unique")
     role: Role = Field(description="prefill, decode, or mixed for both")
-    model: str = Field(description="checkpoint: a directory in Hugging Face layout, a GGUF file or a built-in name")
+    model: str = Field(description="checkpoint: a directory, a GGUF file, a Hugging Face name or a built-in one")
     served_model_name: str = Field(default="", description="what the API calls it; default: the model's own name")
     listen: Listen = Field(
         default="127.0.0.1:0",
