@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
+from perigee.kvstore.blocks import BlockKey
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
 from perigee.workers.engine.sequence import Ref
 
@@ -18,7 +19,9 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run it there. Sources name the store node to pull blocks from; empty means the worker's own has them."""
+    """Run it there. Sources name the store node to pull blocks from; empty means the worker's own has them.
+    Of the prompts that wait for a worker, the one of the smallest `rank` goes first.
+    """
 
     server: ServerId
     ref: Ref
@@ -28,6 +31,7 @@ class Dispatch:
     decode_source: str
     predicted_ttft_s: float
     predicted_tbt_s: float
+    rank: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +79,32 @@ class Exclude:
     reason: str
 
 
-Command = Dispatch | Proceed | Reject | Resync | Exclude
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """The store node pulls these blocks, which follow each other, from the store node `source`."""
+
+    node_id: NodeId
+    source: NodeId
+    parent: BlockKey
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """The store node drops its copies of these blocks, unless somebody uses them."""
+
+    node_id: NodeId
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """The worker, on which no request is, changes pools. Its next report says whether it did."""
+
+    worker_id: WorkerId
+    incarnation: str
+    role: str
+
+
+Command = Dispatch | Proceed | Reject | Resync | Exclude | Replicate | Trim | SetRole
 ServerCommand = Dispatch | Proceed | Reject

@@ -1,6 +1,6 @@
 """The scheduler itself: events and the time go in, commands come out."""
 
-from perigee.scheduler.admission import Admission, Refusal, RoomAtArrival
+from perigee.scheduler.admission import Refusal
 from perigee.scheduler.commands import Command, Dispatch, Exclude, Proceed, Reject, Resync
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.events import (
@@ -20,8 +20,11 @@ from perigee.scheduler.events import (
     WorkerJoined,
     WorkerLost,
 )
+from perigee.scheduler.fairness import Ranks
 from perigee.scheduler.ids import RequestKey, WorkerId
-from perigee.scheduler.placement import LowestTtft, Placement
+from perigee.scheduler.limits import able
+from perigee.scheduler.plan import Plan
+from perigee.scheduler.policies import Policies, make_policies
 from perigee.scheduler.pools import Pools
 from perigee.scheduler.view import ClusterView, FailedAttempt, InFlight, Phase
 from perigee.scheduler.worker_view import WorkerView
@@ -33,15 +36,10 @@ class Conductor:
     of any clock that does not go back.
     """
 
-    def __init__(
-        self,
-        placement: Placement | None = None,
-        admission: Admission | None = None,
-        profile: CostProfile | None = None,
-    ) -> None:
+    def __init__(self, policies: Policies | None = None, profile: CostProfile | None = None) -> None:
         self.view = ClusterView(profile or CostProfile())
-        self._placement = placement or LowestTtft()
-        self._admission = admission or RoomAtArrival()
+        self._policies = policies or make_policies()
+        self._ranks = Ranks()
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes in one event and says what is to be done about it."""
@@ -49,11 +47,13 @@ class Conductor:
             case RequestArrived():
                 return self._arrived(event, now)
             case PrefillDone():
-                return self._prefill_done(event)
+                return self._prefill_done(event, now)
             case WorkerReport():
                 return self._reported(event, now)
             case BlockEvents():
                 return self._blocks_changed(event)
+            case Tick():
+                return self._ticked(now)
             case _:
                 self._note(event, now)
                 return []
@@ -62,7 +62,7 @@ class Conductor:
         """Takes in what calls for no command."""
         match event:
             case Joined():
-                self._joined(event)
+                self._joined(event, now)
             case Finished():
                 self._finished(event)
             case Failed():
@@ -77,8 +77,6 @@ class Conductor:
                 self.view.lose_worker(event.worker_id, event.incarnation)
             case StoreLost():
                 self.view.lose_store(event.node_id, event.incarnation)
-            case Tick():
-                self.view.pass_time(now)
 
     # ---- requests
 
@@ -88,45 +86,40 @@ class Conductor:
         key = RequestKey.of(event.server, event.ref)
         self.view.drop(key)
         failed = self.view.failed.pop(key, None)
-        admitted = self._admission.admit(self.view, event, now)
-        if isinstance(admitted, Refusal):
-            return [self._reject(event, admitted)]
-        return [self._dispatch(key, event, _avoiding(admitted, failed), now)]
+        pools = able(self.view, event, now)
+        if isinstance(pools, Refusal):
+            return [_reject(event, pools)]
+        pools = _avoiding(pools, failed).preferring_room(self.view.demand(event))
+        plan = self._policies.placement.place(self.view, pools, event, now)
+        if refusal := self._policies.admission.admit(self.view, event, plan, now):
+            return [_reject(event, refusal, plan.ttft_s, plan.tbt_s)]
+        return [self._dispatch(key, event, plan, now)]
 
-    def _dispatch(self, key: RequestKey, event: RequestArrived, pools: Pools, now: float) -> Dispatch:
-        plan = self._placement.place(self.view, pools, event)
+    def _dispatch(self, key: RequestKey, event: RequestArrived, plan: Plan, now: float) -> Dispatch:
         self.view.place(key, event, plan, now)
         return Dispatch(
             server=event.server,
             ref=event.ref,
-            prefill=plan.prefill.where,
-            decode=plan.decode.where,
-            prefill_source=plan.prefill_source,
+            prefill=plan.prefill.worker.where,
+            decode=plan.decode.worker.where,
+            prefill_source=plan.prefill.source,
             decode_source=plan.decode_source,
             predicted_ttft_s=plan.ttft_s,
             predicted_tbt_s=plan.tbt_s,
+            rank=self._ranks.rank(event, plan.prefill.compute_s, now),
         )
 
-    def _reject(self, event: RequestArrived, refusal: Refusal) -> Reject:
-        """Says also what to expect of the workers that are too busy for it."""
-        plan = self._placement.place(self.view, refusal.pools, event) if refusal.pools else None
-        return Reject(
-            server=event.server,
-            ref=event.ref,
-            reason=refusal.reason,
-            message=refusal.message,
-            retry_after_s=refusal.retry_after_s,
-            predicted_ttft_s=plan.ttft_s if plan else 0.0,
-            predicted_tbt_s=plan.tbt_s if plan else 0.0,
-        )
-
-    def _prefill_done(self, event: PrefillDone) -> list[Command]:
+    def _prefill_done(self, event: PrefillDone, now: float) -> list[Command]:
         if self._is_outdated(event):
             return []
         known = self._known(event)
         if known is not None and known.phase is Phase.PREFILL:
+            key = RequestKey.of(event.server, event.ref)
             self._learn_prefill(known, event)
-            self.view.end_prefill(RequestKey.of(event.server, event.ref))
+            self.view.end_prefill(key, now)
+            if refusal := self._policies.admission.proceed(self.view, known, now):
+                self.view.drop(key)
+                return [_reject(event, refusal, known.predicted_ttft_s, known.predicted_tbt_s)]
         # What is not known was dispatched by a Conductor before this one, or lost a worker: its server will find out.
         return [Proceed(event.server, event.ref)]
 
@@ -141,9 +134,9 @@ class Conductor:
         )
         self.view.ttft_error.observe(request.predicted_ttft_s, event.ttft_s)
 
-    def _joined(self, event: Joined) -> None:
+    def _joined(self, event: Joined, now: float) -> None:
         if known := self._known(event):
-            known.phase = Phase.DECODE
+            known.phase, known.phase_at = Phase.DECODE, now
 
     def _finished(self, event: Finished) -> None:
         if known := self._known(event):
@@ -208,6 +201,15 @@ class Conductor:
         if store is not None:
             store.resyncing = True
         return [Resync(event.node_id)]
+
+    def _ticked(self, now: float) -> list[Command]:
+        self.view.pass_time(now)
+        return list(self._policies.balance.tick(self.view, now))
+
+
+def _reject(event: RequestEvent, refusal: Refusal, ttft_s: float = 0.0, tbt_s: float = 0.0) -> Reject:
+    """Says also what to expect of the workers that are too busy for it."""
+    return Reject(event.server, event.ref, refusal.reason, refusal.message, refusal.retry_after_s, ttft_s, tbt_s)
 
 
 def _avoiding(pools: Pools, failed: FailedAttempt | None) -> Pools:

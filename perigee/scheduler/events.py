@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.messages import BlockEvent
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
+from perigee.scheduler.slo import NO_SLO, Slo
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import WorkerReport
 
@@ -17,6 +18,7 @@ class RequestArrived:
 
     `num_tokens` counts the prompt and, after a failure, the output so far; `max_tokens` what may still come;
     `block_keys` has one key per block of `num_tokens`, the last, partial one included. `age_s`: since the client asked.
+    Of requests that wait, those of higher `priority` go first, and those of one `tenant` not before all others'.
     """
 
     server: ServerId
@@ -25,6 +27,9 @@ class RequestArrived:
     num_tokens: int
     max_tokens: int
     age_s: float = 0.0
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo = NO_SLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,5 +143,5 @@ class Tick:
 
 RequestEvent = RequestArrived | PrefillDone | Joined | Finished | Failed | Cancelled
 # Those that never call for a command.
-QuietEvent = Joined | Finished | Failed | Cancelled | ServerLost | WorkerJoined | WorkerLost | StoreLost | Tick
-Event = RequestArrived | PrefillDone | WorkerReport | BlockEvents | QuietEvent
+QuietEvent = Joined | Finished | Failed | Cancelled | ServerLost | WorkerJoined | WorkerLost | StoreLost
+Event = RequestArrived | PrefillDone | WorkerReport | BlockEvents | Tick | QuietEvent

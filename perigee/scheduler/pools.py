@@ -63,6 +63,11 @@ class Pools:
             tuple(worker for worker in self.mixed if worker.has_room(demand)),
         )
 
+    def preferring_room(self, demand: Demand) -> "Pools":
+        """Those that can take the demand now, or all if nobody can."""
+        with_room = self.with_room(demand)
+        return with_room if with_room.can_serve else self
+
     def at(self, nodes: Collection[NodeId]) -> "Pools":
         """Those whose store node is one of these."""
         return self._only(lambda worker: worker.store in nodes)

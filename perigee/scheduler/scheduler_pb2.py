@@ -27,7 +27,7 @@ from perigee.kvstore import store_pb2 as perigee_dot_kvstore_dot_store__pb2
 from perigee.workers import worker_pb2 as perigee_dot_workers_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perigee/scheduler/scheduler.proto\x12\x11perigee.scheduler\x1a\x1fperigee/kvstore/directory.proto\x1a\x1bperigee/kvstore/store.proto\x1a\x1cperigee/workers/worker.proto\"\xe5\x02\n\x0bServerEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x34\n\x07\x61rrived\x18\x02 \x01(\x0b\x32!.perigee.scheduler.RequestArrivedH\x00\x12\x36\n\x0cprefill_done\x18\x03 \x01(\x0b\x32\x1e.perigee.scheduler.PrefillDoneH\x00\x12+\n\x06joined\x18\x04 \x01(\x0b\x32\x19.perigee.scheduler.JoinedH\x00\x12/\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.perigee.scheduler.FinishedH\x00\x12+\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x19.perigee.scheduler.FailedH\x00\x12\x31\n\tcancelled\x18\x07 \x01(\x0b\x32\x1c.perigee.scheduler.CancelledH\x00\x42\x07\n\x05\x65vent\"[\n\x0eRequestArrived\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\"h\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\"\x08\n\x06Joined\"5\n\x08\x46inished\x12\x15\n\routput_tokens\x18\x01 \x01(\r\x12\x12\n\nmean_tbt_s\x18\x02 \x01(\x01\")\n\x06\x46\x61iled\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x0b\n\tCancelled\"\xd3\x01\n\x07\x43ommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x03ref\x18\x02 \x01(\x0b\x32\x14.perigee.workers.Ref\x12/\n\x08\x64ispatch\x18\x03 \x01(\x0b\x32\x1b.perigee.scheduler.DispatchH\x00\x12-\n\x07proceed\x18\x04 \x01(\x0b\x32\x1a.perigee.scheduler.ProceedH\x00\x12+\n\x06reject\x18\x05 \x01(\x0b\x32\x19.perigee.scheduler.RejectH\x00\x42\t\n\x07\x63ommand\"A\n\rWorkerAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\xd1\x01\n\x08\x44ispatch\x12\x31\n\x07prefill\x18\x01 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x30\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x16\n\x0eprefill_source\x18\x03 \x01(\t\x12\x15\n\rdecode_source\x18\x04 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x05 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x06 \x01(\x01\"\t\n\x07Proceed\"\xcd\x01\n\x06Reject\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .perigee.scheduler.Reject.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x04 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x05 \x01(\x01\"6\n\x06Reason\x12\x0c\n\x08OVERLOAD\x10\x00\x12\r\n\tTOO_LARGE\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"\x10\n\x0e\x43lusterRequest\"\xb6\x01\n\x0c\x43lusterState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12/\n\x07workers\x18\x04 \x03(\x0b\x32\x1e.perigee.scheduler.WorkerState\x12-\n\x06stores\x18\x05 \x03(\x0b\x32\x1d.perigee.scheduler.StoreState\"e\n\x0bWorkerState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.WorkerReport\"c\n\nStoreState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12,\n\x06status\x18\x02 \x01(\x0b\x32\x1c.perigee.kvstore.StoreStatus2\xa4\x01\n\tConductor\x12H\n\x06\x41ttach\x12\x1e.perigee.scheduler.ServerEvent\x1a\x1a.perigee.scheduler.Command(\x01\x30\x01\x12M\n\x07\x43luster\x12!.perigee.scheduler.ClusterRequest\x1a\x1f.perigee.scheduler.ClusterStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perigee/scheduler/scheduler.proto\x12\x11perigee.scheduler\x1a\x1fperigee/kvstore/directory.proto\x1a\x1bperigee/kvstore/store.proto\x1a\x1cperigee/workers/worker.proto\"\xe5\x02\n\x0bServerEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x34\n\x07\x61rrived\x18\x02 \x01(\x0b\x32!.perigee.scheduler.RequestArrivedH\x00\x12\x36\n\x0cprefill_done\x18\x03 \x01(\x0b\x32\x1e.perigee.scheduler.PrefillDoneH\x00\x12+\n\x06joined\x18\x04 \x01(\x0b\x32\x19.perigee.scheduler.JoinedH\x00\x12/\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.perigee.scheduler.FinishedH\x00\x12+\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x19.perigee.scheduler.FailedH\x00\x12\x31\n\tcancelled\x18\x07 \x01(\x0b\x32\x1c.perigee.scheduler.CancelledH\x00\x42\x07\n\x05\x65vent\"\xa4\x01\n\x0eRequestArrived\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x12\n\nslo_ttft_s\x18\x07 \x01(\x01\x12\x11\n\tslo_tbt_s\x18\x08 \x01(\x01\"h\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\"\x08\n\x06Joined\"5\n\x08\x46inished\x12\x15\n\routput_tokens\x18\x01 \x01(\r\x12\x12\n\nmean_tbt_s\x18\x02 \x01(\x01\")\n\x06\x46\x61iled\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x0b\n\tCancelled\"\xd3\x01\n\x07\x43ommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x03ref\x18\x02 \x01(\x0b\x32\x14.perigee.workers.Ref\x12/\n\x08\x64ispatch\x18\x03 \x01(\x0b\x32\x1b.perigee.scheduler.DispatchH\x00\x12-\n\x07proceed\x18\x04 \x01(\x0b\x32\x1a.perigee.scheduler.ProceedH\x00\x12+\n\x06reject\x18\x05 \x01(\x0b\x32\x19.perigee.scheduler.RejectH\x00\x42\t\n\x07\x63ommand\"A\n\rWorkerAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\xdf\x01\n\x08\x44ispatch\x12\x31\n\x07prefill\x18\x01 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x30\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x16\n\x0eprefill_source\x18\x03 \x01(\t\x12\x15\n\rdecode_source\x18\x04 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x05 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x06 \x01(\x01\x12\x0c\n\x04rank\x18\x07 \x01(\x01\"\t\n\x07Proceed\"\xcd\x01\n\x06Reject\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .perigee.scheduler.Reject.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x04 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x05 \x01(\x01\"6\n\x06Reason\x12\x0c\n\x08OVERLOAD\x10\x00\x12\r\n\tTOO_LARGE\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"\x10\n\x0e\x43lusterRequest\"\xb6\x01\n\x0c\x43lusterState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12/\n\x07workers\x18\x04 \x03(\x0b\x32\x1e.perigee.scheduler.WorkerState\x12-\n\x06stores\x18\x05 \x03(\x0b\x32\x1d.perigee.scheduler.StoreState\"e\n\x0bWorkerState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.WorkerReport\"c\n\nStoreState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12,\n\x06status\x18\x02 \x01(\x0b\x32\x1c.perigee.kvstore.StoreStatus2\xa4\x01\n\tConductor\x12H\n\x06\x41ttach\x12\x1e.perigee.scheduler.ServerEvent\x1a\x1a.perigee.scheduler.Command(\x01\x30\x01\x12M\n\x07\x43luster\x12!.perigee.scheduler.ClusterRequest\x1a\x1f.perigee.scheduler.ClusterStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,38 +36,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SERVEREVENT']._serialized_start=149
   _globals['_SERVEREVENT']._serialized_end=506
-  _globals['_REQUESTARRIVED']._serialized_start=508
-  _globals['_REQUESTARRIVED']._serialized_end=599
-  _globals['_PREFILLDONE']._serialized_start=601
-  _globals['_PREFILLDONE']._serialized_end=705
-  _globals['_JOINED']._serialized_start=707
-  _globals['_JOINED']._serialized_end=715
-  _globals['_FINISHED']._serialized_start=717
-  _globals['_FINISHED']._serialized_end=770
-  _globals['_FAILED']._serialized_start=772
-  _globals['_FAILED']._serialized_end=813
-  _globals['_CANCELLED']._serialized_start=815
-  _globals['_CANCELLED']._serialized_end=826
-  _globals['_COMMAND']._serialized_start=829
-  _globals['_COMMAND']._serialized_end=1040
-  _globals['_WORKERADDRESS']._serialized_start=1042
-  _globals['_WORKERADDRESS']._serialized_end=1107
-  _globals['_DISPATCH']._serialized_start=1110
-  _globals['_DISPATCH']._serialized_end=1319
-  _globals['_PROCEED']._serialized_start=1321
-  _globals['_PROCEED']._serialized_end=1330
-  _globals['_REJECT']._serialized_start=1333
-  _globals['_REJECT']._serialized_end=1538
-  _globals['_REJECT_REASON']._serialized_start=1484
-  _globals['_REJECT_REASON']._serialized_end=1538
-  _globals['_CLUSTERREQUEST']._serialized_start=1540
-  _globals['_CLUSTERREQUEST']._serialized_end=1556
-  _globals['_CLUSTERSTATE']._serialized_start=1559
-  _globals['_CLUSTERSTATE']._serialized_end=1741
-  _globals['_WORKERSTATE']._serialized_start=1743
-  _globals['_WORKERSTATE']._serialized_end=1844
-  _globals['_STORESTATE']._serialized_start=1846
-  _globals['_STORESTATE']._serialized_end=1945
-  _globals['_CONDUCTOR']._serialized_start=1948
-  _globals['_CONDUCTOR']._serialized_end=2112
+  _globals['_REQUESTARRIVED']._serialized_start=509
+  _globals['_REQUESTARRIVED']._serialized_end=673
+  _globals['_PREFILLDONE']._serialized_start=675
+  _globals['_PREFILLDONE']._serialized_end=779
+  _globals['_JOINED']._serialized_start=781
+  _globals['_JOINED']._serialized_end=789
+  _globals['_FINISHED']._serialized_start=791
+  _globals['_FINISHED']._serialized_end=844
+  _globals['_FAILED']._serialized_start=846
+  _globals['_FAILED']._serialized_end=887
+  _globals['_CANCELLED']._serialized_start=889
+  _globals['_CANCELLED']._serialized_end=900
+  _globals['_COMMAND']._serialized_start=903
+  _globals['_COMMAND']._serialized_end=1114
+  _globals['_WORKERADDRESS']._serialized_start=1116
+  _globals['_WORKERADDRESS']._serialized_end=1181
+  _globals['_DISPATCH']._serialized_start=1184
+  _globals['_DISPATCH']._serialized_end=1407
+  _globals['_PROCEED']._serialized_start=1409
+  _globals['_PROCEED']._serialized_end=1418
+  _globals['_REJECT']._serialized_start=1421
+  _globals['_REJECT']._serialized_end=1626
+  _globals['_REJECT_REASON']._serialized_start=1572
+  _globals['_REJECT_REASON']._serialized_end=1626
+  _globals['_CLUSTERREQUEST']._serialized_start=1628
+  _globals['_CLUSTERREQUEST']._serialized_end=1644
+  _globals['_CLUSTERSTATE']._serialized_start=1647
+  _globals['_CLUSTERSTATE']._serialized_end=1829
+  _globals['_WORKERSTATE']._serialized_start=1831
+  _globals['_WORKERSTATE']._serialized_end=1932
+  _globals['_STORESTATE']._serialized_start=1934
+  _globals['_STORESTATE']._serialized_end=2033
+  _globals['_CONDUCTOR']._serialized_start=2036
+  _globals['_CONDUCTOR']._serialized_end=2200
 # @@protoc_insertion_point(module_scope)

@@ -76,12 +76,23 @@ class RequestArrived(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    SLO_TBT_S_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """prompt and, after a failure, the output so far"""
     max_tokens: _builtins.int
     """still to come at the most"""
     age_s: _builtins.float
     """since the client's request came in"""
+    tenant: _builtins.str
+    priority: _builtins.int
+    """higher goes first"""
+    slo_ttft_s: _builtins.float
+    """0: none"""
+    slo_tbt_s: _builtins.float
+    """0: none"""
     @_builtins.property
     def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -91,10 +102,14 @@ class RequestArrived(_message.Message):
         num_tokens: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         age_s: _builtins.float = ...,
+        tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        slo_ttft_s: _builtins.float = ...,
+        slo_tbt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "block_keys", b"block_keys", "max_tokens", b"max_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "block_keys", b"block_keys", "max_tokens", b"max_tokens", "num_tokens", b"num_tokens", "priority", b"priority", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -278,12 +293,15 @@ class Dispatch(_message.Message):
     DECODE_SOURCE_FIELD_NUMBER: _builtins.int
     PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
     PREDICTED_TBT_S_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     prefill_source: _builtins.str
     """store node that holds the prefix, if not the prefill worker's own"""
     decode_source: _builtins.str
     """store node of the prefill worker, if not the decode worker's own"""
     predicted_ttft_s: _builtins.float
     predicted_tbt_s: _builtins.float
+    rank: _builtins.float
+    """of the prompts that wait for a worker, the one of the smallest goes first"""
     @_builtins.property
     def prefill(self) -> Global___WorkerAddress: ...
     @_builtins.property
@@ -297,10 +315,11 @@ class Dispatch(_message.Message):
         decode_source: _builtins.str = ...,
         predicted_ttft_s: _builtins.float = ...,
         predicted_tbt_s: _builtins.float = ...,
+        rank: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "decode_source", b"decode_source", "predicted_tbt_s", b"predicted_tbt_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill", b"prefill", "prefill_source", b"prefill_source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "decode_source", b"decode_source", "predicted_tbt_s", b"predicted_tbt_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill", b"prefill", "prefill_source", b"prefill_source", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,9 +7,11 @@ from enum import Enum, auto
 from perigee.scheduler.cost import CostModel, CostProfile, Error
 from perigee.scheduler.events import BlockEvents, RequestArrived, WorkerJoined
 from perigee.scheduler.ids import NodeId, RequestKey, ServerId, WorkerId
+from perigee.scheduler.plan import Plan
 from perigee.scheduler.pools import Pools
 from perigee.scheduler.prefixes import PrefixIndex
-from perigee.scheduler.worker_view import DecodeLoad, Demand, PlacedDecode, PlacedPrefill, WorkerView
+from perigee.scheduler.slo import NO_SLO, Slo
+from perigee.scheduler.worker_view import NO_DEMAND, DecodeLoad, Demand, PlacedDecode, PlacedPrefill, WorkerView
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import ModelCard, WorkerReport
 
@@ -42,7 +44,14 @@ class InFlight:
     predicted_ttft_s: float
     predicted_tbt_s: float
     pulls: bool = False  # a part of its prefix, from another store node
+    max_tokens: int = 0
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo = NO_SLO
+    demand: Demand = NO_DEMAND
+    placed_at: float = 0.0
     phase: Phase = Phase.PREFILL
+    phase_at: float = 0.0  # when it came to its phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +73,6 @@ class StoreView:
     next_seq: int
     num_slots: int
     resyncing: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where a request goes, and what is expected of that."""
-
-    prefill: WorkerView
-    decode: WorkerView
-    new_tokens: int
-    ttft_s: float
-    tbt_s: float
-    prefill_source: str = ""
-    decode_source: str = ""
 
 
 class ClusterView:
@@ -127,24 +123,32 @@ class ClusterView:
         """Books a dispatched request on its two workers."""
         demand = self.demand(request)
         self._num_dispatched += 1
-        plan.prefill.last_chosen = plan.decode.last_chosen = self._num_dispatched
-        plan.prefill.prefills[key] = PlacedPrefill(plan.new_tokens, now)
+        prefill, decode = plan.prefill.worker, plan.decode.worker
+        prefill.last_chosen = decode.last_chosen = self._num_dispatched
+        prefill.prefills[key] = PlacedPrefill(plan.prefill.new_tokens, now)
         remaining_s = plan.ttft_s - request.age_s + plan.tbt_s * self.expected_output_tokens(request.max_tokens)
-        plan.decode.decodes[key] = PlacedDecode(DecodeLoad(1, demand.pages, demand.num_tokens), now + remaining_s)
+        decode.decodes[key] = PlacedDecode(DecodeLoad(1, demand.pages, demand.num_tokens), now + remaining_s)
         self.requests[key] = InFlight(
             ref=request.ref,
-            prefill=plan.prefill.id,
-            decode=plan.decode.id,
+            prefill=prefill.id,
+            decode=decode.id,
             num_tokens=request.num_tokens,
             predicted_ttft_s=plan.ttft_s,
             predicted_tbt_s=plan.tbt_s,
-            pulls=bool(plan.prefill_source),
+            pulls=bool(plan.prefill.source),
+            max_tokens=request.max_tokens,
+            tenant=request.tenant,
+            priority=request.priority,
+            slo=request.slo,
+            demand=demand,
+            placed_at=now,
+            phase_at=now,
         )
 
-    def end_prefill(self, key: RequestKey) -> None:
+    def end_prefill(self, key: RequestKey, now: float) -> None:
         """The prefill worker has nothing to compute for this request any more."""
         request = self.requests[key]
-        request.phase = Phase.HANDOVER
+        request.phase, request.phase_at = Phase.HANDOVER, now
         self.workers[request.prefill].prefills.pop(key, None)
 
     def drop(self, key: RequestKey) -> None:
@@ -236,6 +240,7 @@ class ClusterView:
         return (
             worker.report is not None
             and not worker.report.draining
+            and not worker.draining
             and not worker.excluded
             and now - worker.reported_at <= STALE_AFTER_S
             and worker.store in self.stores

@@ -19,6 +19,7 @@ from perigee.scheduler.events import (
     RequestEvent,
 )
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
+from perigee.scheduler.slo import Slo
 from perigee.workers import worker_pb2
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import WorkerReport
@@ -60,6 +61,9 @@ def _arrived(server: ServerId, ref: Ref, message: pb.RequestArrived) -> RequestA
         num_tokens=message.num_tokens,
         max_tokens=message.max_tokens,
         age_s=_seconds("age_s", message.age_s),
+        tenant=message.tenant,
+        priority=message.priority,
+        slo=Slo(_bound("slo_ttft_s", message.slo_ttft_s), _bound("slo_tbt_s", message.slo_tbt_s)),
     )
 
 
@@ -126,6 +130,7 @@ def _dispatch(command: Dispatch) -> pb.Dispatch:
         decode_source=command.decode_source,
         predicted_ttft_s=command.predicted_ttft_s,
         predicted_tbt_s=command.predicted_tbt_s,
+        rank=command.rank,
     )
 
 
@@ -147,6 +152,10 @@ def _key(key: bytes) -> BlockKey:
     if len(key) != KEY_BYTES:
         raise InvalidMessage(f"block key: has {len(key)} bytes, allowed are {KEY_BYTES}")
     return BlockKey(key)
+
+
+def _bound(field: str, value: float) -> float:
+    return _seconds(field, value) or math.inf
 
 
 def _seconds(field: str, value: float) -> float:

@@ -29,6 +29,9 @@ class Demand:
         return cls(prompt_pages, pages_needed(num_tokens, max_len, block_tokens), num_tokens)
 
 
+NO_DEMAND = Demand(0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeLoad:
     """What a decode worker has on its hands, or a part of that."""
@@ -81,6 +84,7 @@ class WorkerView:
     report: WorkerReport | None = None
     reported_at: float = 0.0
     excluded: bool = False  # its card differs from the cluster's
+    draining: bool = False  # for another role: it gets no work
     last_chosen: int = 0  # ordinal of the last dispatch that chose it
     prefills: dict[RequestKey, PlacedPrefill] = field(default_factory=dict)
     decodes: dict[RequestKey, PlacedDecode] = field(default_factory=dict)
