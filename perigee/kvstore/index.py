@@ -292,8 +292,19 @@ class BlockIndex:
     def evict(self, block: Block) -> None:
         """Gives up a victim."""
         self._remove(block)
-        self._free.append(block.slot)
-        self._events.append(BlockEvent(False, block.key))
+        self._gone(block)
+
+    def drop(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Gives up those of `keys` that nobody leases and that no other resident block follows, children first."""
+        wanted, dropped = set(keys), []
+        for first in keys:
+            key = first
+            while key in wanted and (block := self._blocks.get(key)) and not block.leases and key not in self._children:
+                self._policy.remove(key)
+                self.evict(block)
+                dropped.append(key)
+                key = block.parent
+        return dropped
 
     def leave(self, group_id: GroupId, block: Block) -> None:
         """Gives up a victim whose slot is still read, and free when `left` says so. Until then `revive` is possible."""
@@ -306,9 +317,7 @@ class BlockIndex:
             self.release(group_id)  # it was revived
             return
         del self._leaving[block.key]
-        self._free.append(block.slot)
-        if block.key not in self._blocks:
-            self._events.append(BlockEvent(False, block.key))
+        self._gone(block)
 
     def revive(self, keys: Iterable[BlockKey], now: float) -> None:
         """Keeps those of `keys` that were to leave, for somebody wants them. They cannot go before they have `left`."""
@@ -325,6 +334,14 @@ class BlockIndex:
     def leaving(self) -> Collection[BlockKey]:
         """The keys of the blocks that can still be revived."""
         return self._leaving.keys()
+
+    def _gone(self, block: Block) -> None:
+        """Frees the slot of a block. Watchers hear of it if it was the last of its key: one that was committed while
+        another still left can go before that one has.
+        """
+        self._free.append(block.slot)
+        if block.key not in self._blocks and block.key not in self._leaving:
+            self._events.append(BlockEvent(False, block.key))
 
     def _take_slot(self) -> int:
         if not self._free:

@@ -20,6 +20,8 @@ class Totals:
     spilled_blocks: int = 0
     pulled_blocks: int = 0
     failed_pulls: int = 0  # blocks that a pull was to bring and did not
+    replicated_blocks: int = 0  # of those pulled, for nobody in particular
+    trimmed_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A store node as the rest of the cluster sees it: gRPC, control only."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -8,11 +9,14 @@ import grpc
 from perigee.kvstore import store_pb2 as pb
 from perigee.kvstore import store_pb2_grpc as rpc
 from perigee.kvstore.blocks import BlockKey
+from perigee.kvstore.copies import replicate
 from perigee.kvstore.driver import Driver
-from perigee.kvstore.errors import InvalidRequest, QuotaExceeded
+from perigee.kvstore.errors import InvalidRequest, QuotaExceeded, TooLarge
 from perigee.kvstore.feed import Feed
 from perigee.kvstore.opening import StoreHost
 from perigee.kvstore.transfer.tcp_server import TransferServer
+
+_log = logging.getLogger(__name__)
 
 
 class StoreNode(rpc.StoreNodeServicer):
@@ -49,9 +53,8 @@ class StoreNode(rpc.StoreNodeServicer):
 
     async def Pin(self, request: pb.Pin, context: "grpc.aio.ServicerContext[pb.Pin, pb.Pinned]") -> pb.Pinned:
         driver = await self._driver(context)
-        keys = [BlockKey(key) for key in request.keys]
         try:
-            return pb.Pinned(pinned=driver.store.pin(request.tenant, keys, request.ttl_s, driver.now))
+            return pb.Pinned(pinned=driver.store.pin(request.tenant, _keys(request.keys), request.ttl_s, driver.now))
         except QuotaExceeded as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except InvalidRequest as error:
@@ -61,13 +64,45 @@ class StoreNode(rpc.StoreNodeServicer):
 
     async def Unpin(self, request: pb.Unpin, context: "grpc.aio.ServicerContext[pb.Unpin, pb.Unpinned]") -> pb.Unpinned:
         driver = await self._driver(context)
-        driver.finish(driver.store.unpin(request.tenant, [BlockKey(key) for key in request.keys], driver.now))
+        driver.finish(driver.store.unpin(request.tenant, _keys(request.keys), driver.now))
         return pb.Unpinned()
+
+    async def Replicate(
+        self, request: pb.ReplicateRequest, context: "grpc.aio.ServicerContext[pb.ReplicateRequest, pb.Replicated]"
+    ) -> pb.Replicated:
+        driver, source = await self._driver(context), request.source
+        if source in ("", self._node_id):
+            text = f"source: is {source!r}, allowed are other nodes than this one, {self._node_id!r}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        try:
+            pulled, missing = await replicate(driver, source, _keys(request.keys), BlockKey(request.parent))
+        except TooLarge as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except InvalidRequest as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        _log.info("replicated source=%s blocks=%d missing=%d", source, pulled, missing)
+        return pb.Replicated(pulled=pulled, missing=missing)
+
+    async def Trim(
+        self, request: pb.TrimRequest, context: "grpc.aio.ServicerContext[pb.TrimRequest, pb.Trimmed]"
+    ) -> pb.Trimmed:
+        driver = await self._driver(context)
+        try:
+            trimmed, answers = driver.store.trim(_keys(request.keys), driver.now)
+        except InvalidRequest as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        driver.finish(answers)
+        _log.info("trimmed blocks=%d asked=%d", trimmed, len(request.keys))
+        return pb.Trimmed(trimmed=trimmed)
 
     async def _driver(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Driver:
         if self._host.driver is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no worker has connected yet, so there are no blocks")
         return self._host.driver
+
+
+def _keys(keys: Iterable[bytes]) -> list[BlockKey]:
+    return [BlockKey(key) for key in keys]
 
 
 def _describe(host: StoreHost, driver: Driver, status: pb.StoreStatus) -> None:
@@ -89,6 +124,8 @@ def _describe(host: StoreHost, driver: Driver, status: pb.StoreStatus) -> None:
     status.overdue_blocks = index.num_overdue(driver.now)
     status.pulled_total = totals.pulled_blocks
     status.failed_pulls_total = totals.failed_pulls
+    status.replicated_total = totals.replicated_blocks
+    status.trimmed_total = totals.trimmed_blocks
     status.remote_corrupt_total = host.transfer.corrupt_received_total
     _describe_ssd(host, driver, status)
 

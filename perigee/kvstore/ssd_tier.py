@@ -73,8 +73,15 @@ class SsdTier:
     def loaded(self, key: BlockKey, location: Location, came: bool) -> None:
         """A read ended. A block that could not be read is not here any more."""
         self._index.end_read(location)
-        if not came and self._index.forget(key):
+        if not came:
+            self.drop(key)
+
+    def drop(self, key: BlockKey) -> bool:
+        """Forgets a block, also one that is being written. Whether it was here."""
+        was_here = self._index.forget(key)
+        if was_here:
             self._left([key])
+        return was_here
 
     def switch_off(self) -> None:
         """The disk failed: nothing is here, and nothing comes."""

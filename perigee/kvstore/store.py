@@ -1,9 +1,10 @@
-"""One node's tiers behind acquire, fetch, commit, release, pin and lookup.
+"""One node's tiers behind acquire, fetch, commit, release, pin, trim and lookup.
 
 A synchronous core: requests, the ends of jobs and the current time go in, answers and jobs come out; whoever calls does
 the I/O and tells how it ended. What cannot be answered yet waits here: for room, first come first served; for blocks
 that are committed, or loaded from SSD, or pulled from another node. A block that comes serves all who wait for it, so
-no two jobs ever bring the same one.
+no two jobs bring the same one, unless nobody waits for the first any more: a load from a disk that has failed since, or
+a pull of what was committed here meanwhile and is on SSD alone by now. The first to end wins.
 
 Doubt is never served: a block that could not be read or received is not there, and whoever wanted it goes on without.
 """
@@ -18,7 +19,7 @@ from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.index import BlockIndex, Coming, GroupId
 from perigee.kvstore.jobs import Job
 from perigee.kvstore.limits import StoreLimits, Totals
-from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
+from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, LeasedBlock, Tier
 from perigee.kvstore.moves import Moves
 from perigee.kvstore.pins import Pins
 from perigee.kvstore.records import Location, Record
@@ -143,6 +144,16 @@ class Store:
         self.pins.unpin(tenant, keys)
         return self._settle(now)
 
+    def trim(self, keys: Sequence[BlockKey], now: float) -> tuple[int, list[Answer]]:
+        """Drops those of `keys`, in all tiers, that nobody leases, pins or waits for; says how many. A block stays as
+        long as one that follows it is in the arena. Those that are just being written to SSD are not kept there.
+        """
+        check_keys(keys)
+        self.pins.expire(now)
+        trimmed = self._tiers.drop([key for key in keys if not self._fetches.of(key)])
+        self.totals.trimmed_blocks += trimmed
+        return trimmed, self._settle(now)
+
     # ---- what comes out besides answers ---------------------------------------------------------------------------
 
     def take_jobs(self) -> list[Job]:
@@ -188,12 +199,18 @@ class Store:
 
     def pulled(self, job: int, place: int, num_tokens: int, origin: int, now: float) -> list[Answer]:
         """A block that a pull was to bring lies whole in its slot."""
-        key, came = self.moves.pulled(job, place, num_tokens, origin, now)
-        if not came:
-            self.totals.failed_pulls += 1
-            return self._did_not_come([key], lambda _: False, now) + self._settle(now)
-        self.totals.pulled_blocks += 1
-        return self._arrived([key], now, remote=True) + self._settle(now)
+        return self.pulled_together(job, [(place, num_tokens, origin)], now)
+
+    def pulled_together(self, job: int, blocks: Iterable[tuple[int, int, int]], now: float) -> list[Answer]:
+        """Several lie there, each given as place, number of tokens and origin."""
+        arrived, wrong = [], []
+        for place, num_tokens, origin in blocks:
+            key, came = self.moves.pulled(job, place, num_tokens, origin, now)
+            (arrived if came else wrong).append(key)
+        self.totals.pulled_blocks += len(arrived)
+        self.totals.failed_pulls += len(wrong)
+        answers = self._arrived(arrived, now, remote=True) + self._did_not_come(wrong, lambda _: False, now)
+        return answers + self._settle(now)
 
     def pull_ended(self, job: int, broken: bool, now: float) -> list[Answer]:
         """A pull ended, and writes into no slot any more. What it did not bring is missing."""
@@ -377,7 +394,7 @@ class Store:
         answers = []
         for request, wanted in came.items():
             leased = self.index.lease(request.caller.group, wanted, now)
-            blocks = tuple(replace(block, tier=tier, remote=remote) for block in leased)
+            blocks = tuple(LeasedBlock(each.index, each.slot, each.num_tokens, each.origin, tier, remote) for each in leased)
             answers += joined([Answer(request.caller, Fetched(blocks)), *self._complete(request)])
         return answers
 

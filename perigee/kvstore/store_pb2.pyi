@@ -695,6 +695,96 @@ class Refused(_message.Message):
 Global___Refused: _TypeAlias = Refused  # noqa: Y015
 
 @_typing.final
+class ReplicateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """another node"""
+    parent: _builtins.bytes
+    """the key before keys[0]: the namespace root for a prompt's beginning"""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        parent: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "parent", b"parent", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicateRequest: _TypeAlias = ReplicateRequest  # noqa: Y015
+
+@_typing.final
+class Replicated(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PULLED_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    pulled: _builtins.int
+    missing: _builtins.int
+    """neither were here nor came"""
+    def __init__(
+        self,
+        *,
+        pulled: _builtins.int = ...,
+        missing: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "pulled", b"pulled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replicated: _TypeAlias = Replicated  # noqa: Y015
+
+@_typing.final
+class TrimRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrimRequest: _TypeAlias = TrimRequest  # noqa: Y015
+
+@_typing.final
+class Trimmed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIMMED_FIELD_NUMBER: _builtins.int
+    trimmed: _builtins.int
+    def __init__(
+        self,
+        *,
+        trimmed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trimmed", b"trimmed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trimmed: _TypeAlias = Trimmed  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -832,6 +922,8 @@ class StoreStatus(_message.Message):
     SERVED_TOTAL_FIELD_NUMBER: _builtins.int
     FAILED_PULLS_TOTAL_FIELD_NUMBER: _builtins.int
     OVERDUE_BLOCKS_FIELD_NUMBER: _builtins.int
+    REPLICATED_TOTAL_FIELD_NUMBER: _builtins.int
+    TRIMMED_TOTAL_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     slot_bytes: _builtins.int
@@ -866,6 +958,9 @@ class StoreStatus(_message.Message):
     """blocks that were to be pulled and did not come"""
     overdue_blocks: _builtins.int
     """slots kept by writers whose reservation's time is over"""
+    replicated_total: _builtins.int
+    """part of pulled_total"""
+    trimmed_total: _builtins.int
     def __init__(
         self,
         *,
@@ -896,10 +991,12 @@ class StoreStatus(_message.Message):
         served_total: _builtins.int = ...,
         failed_pulls_total: _builtins.int = ...,
         overdue_blocks: _builtins.int = ...,
+        replicated_total: _builtins.int = ...,
+        trimmed_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "failed_pulls_total", b"failed_pulls_total", "fenced_total", b"fenced_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "overdue_blocks", b"overdue_blocks", "pinned_blocks", b"pinned_blocks", "pulled_total", b"pulled_total", "remote_corrupt_total", b"remote_corrupt_total", "reserved_blocks", b"reserved_blocks", "served_total", b"served_total", "slot_bytes", b"slot_bytes", "ssd_blocks", b"ssd_blocks", "ssd_corrupt_total", b"ssd_corrupt_total", "ssd_hit_blocks_total", b"ssd_hit_blocks_total", "ssd_loaded_total", b"ssd_loaded_total", "ssd_spilled_total", b"ssd_spilled_total", "ssd_state", b"ssd_state", "stored_total", b"stored_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_blocks", b"committed_blocks", "connections", b"connections", "evicted_total", b"evicted_total", "failed_pulls_total", b"failed_pulls_total", "fenced_total", b"fenced_total", "free_slots", b"free_slots", "hit_blocks_total", b"hit_blocks_total", "incarnation", b"incarnation", "leased_blocks", b"leased_blocks", "miss_blocks_total", b"miss_blocks_total", "node_id", b"node_id", "num_slots", b"num_slots", "orphaned_blocks", b"orphaned_blocks", "overdue_blocks", b"overdue_blocks", "pinned_blocks", b"pinned_blocks", "pulled_total", b"pulled_total", "remote_corrupt_total", b"remote_corrupt_total", "replicated_total", b"replicated_total", "reserved_blocks", b"reserved_blocks", "served_total", b"served_total", "slot_bytes", b"slot_bytes", "ssd_blocks", b"ssd_blocks", "ssd_corrupt_total", b"ssd_corrupt_total", "ssd_hit_blocks_total", b"ssd_hit_blocks_total", "ssd_loaded_total", b"ssd_loaded_total", "ssd_spilled_total", b"ssd_spilled_total", "ssd_state", b"ssd_state", "stored_total", b"stored_total", "trimmed_total", b"trimmed_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

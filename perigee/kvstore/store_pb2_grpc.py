@@ -56,6 +56,16 @@ class StoreNodeStub:
                 request_serializer=perigee_dot_kvstore_dot_store__pb2.Unpin.SerializeToString,
                 response_deserializer=perigee_dot_kvstore_dot_store__pb2.Unpinned.FromString,
                 _registered_method=True)
+        self.Replicate = channel.unary_unary(
+                '/perigee.kvstore.StoreNode/Replicate',
+                request_serializer=perigee_dot_kvstore_dot_store__pb2.ReplicateRequest.SerializeToString,
+                response_deserializer=perigee_dot_kvstore_dot_store__pb2.Replicated.FromString,
+                _registered_method=True)
+        self.Trim = channel.unary_unary(
+                '/perigee.kvstore.StoreNode/Trim',
+                request_serializer=perigee_dot_kvstore_dot_store__pb2.TrimRequest.SerializeToString,
+                response_deserializer=perigee_dot_kvstore_dot_store__pb2.Trimmed.FromString,
+                _registered_method=True)
 
 
 class StoreNodeServicer:
@@ -89,6 +99,23 @@ class StoreNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replicate(self, request, context):
+        """Gets copies of another node's blocks, which may be evicted as soon as they are here. Waits neither for what that node
+        does not have now nor for room. INVALID_ARGUMENT, RESOURCE_EXHAUSTED if they can never fit, UNAVAILABLE as above.
+        Ends with the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trim(self, request, context):
+        """Drops blocks from all tiers, but for those that somebody leases, pins or waits for, and those that a block in DRAM
+        follows which stays. INVALID_ARGUMENT, UNAVAILABLE as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +138,16 @@ def add_StoreNodeServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=perigee_dot_kvstore_dot_store__pb2.Unpin.FromString,
                     response_serializer=perigee_dot_kvstore_dot_store__pb2.Unpinned.SerializeToString,
+            ),
+            'Replicate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replicate,
+                    request_deserializer=perigee_dot_kvstore_dot_store__pb2.ReplicateRequest.FromString,
+                    response_serializer=perigee_dot_kvstore_dot_store__pb2.Replicated.SerializeToString,
+            ),
+            'Trim': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trim,
+                    request_deserializer=perigee_dot_kvstore_dot_store__pb2.TrimRequest.FromString,
+                    response_serializer=perigee_dot_kvstore_dot_store__pb2.Trimmed.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +260,60 @@ class StoreNode:
             '/perigee.kvstore.StoreNode/Unpin',
             perigee_dot_kvstore_dot_store__pb2.Unpin.SerializeToString,
             perigee_dot_kvstore_dot_store__pb2.Unpinned.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replicate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.kvstore.StoreNode/Replicate',
+            perigee_dot_kvstore_dot_store__pb2.ReplicateRequest.SerializeToString,
+            perigee_dot_kvstore_dot_store__pb2.Replicated.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.kvstore.StoreNode/Trim',
+            perigee_dot_kvstore_dot_store__pb2.TrimRequest.SerializeToString,
+            perigee_dot_kvstore_dot_store__pb2.Trimmed.FromString,
             options,
             channel_credentials,
             insecure,

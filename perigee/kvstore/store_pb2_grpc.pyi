@@ -44,6 +44,15 @@ class StoreNodeStub:
     Pin: _grpc.UnaryUnaryMultiCallable[_store_pb2.Pin, _store_pb2.Pinned]
     """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected."""
     Unpin: _grpc.UnaryUnaryMultiCallable[_store_pb2.Unpin, _store_pb2.Unpinned]
+    Replicate: _grpc.UnaryUnaryMultiCallable[_store_pb2.ReplicateRequest, _store_pb2.Replicated]
+    """Gets copies of another node's blocks, which may be evicted as soon as they are here. Waits neither for what that node
+    does not have now nor for room. INVALID_ARGUMENT, RESOURCE_EXHAUSTED if they can never fit, UNAVAILABLE as above.
+    Ends with the call.
+    """
+    Trim: _grpc.UnaryUnaryMultiCallable[_store_pb2.TrimRequest, _store_pb2.Trimmed]
+    """Drops blocks from all tiers, but for those that somebody leases, pins or waits for, and those that a block in DRAM
+    follows which stays. INVALID_ARGUMENT, UNAVAILABLE as above.
+    """
 
 @_typing.type_check_only
 class StoreNodeAsyncStub(StoreNodeStub):
@@ -56,6 +65,15 @@ class StoreNodeAsyncStub(StoreNodeStub):
     Pin: _aio.UnaryUnaryMultiCallable[_store_pb2.Pin, _store_pb2.Pinned]  # type: ignore[assignment]
     """INVALID_ARGUMENT, RESOURCE_EXHAUSTED beyond the quota, UNAVAILABLE before a first worker has connected."""
     Unpin: _aio.UnaryUnaryMultiCallable[_store_pb2.Unpin, _store_pb2.Unpinned]  # type: ignore[assignment]
+    Replicate: _aio.UnaryUnaryMultiCallable[_store_pb2.ReplicateRequest, _store_pb2.Replicated]  # type: ignore[assignment]
+    """Gets copies of another node's blocks, which may be evicted as soon as they are here. Waits neither for what that node
+    does not have now nor for room. INVALID_ARGUMENT, RESOURCE_EXHAUSTED if they can never fit, UNAVAILABLE as above.
+    Ends with the call.
+    """
+    Trim: _aio.UnaryUnaryMultiCallable[_store_pb2.TrimRequest, _store_pb2.Trimmed]  # type: ignore[assignment]
+    """Drops blocks from all tiers, but for those that somebody leases, pins or waits for, and those that a block in DRAM
+    follows which stays. INVALID_ARGUMENT, UNAVAILABLE as above.
+    """
 
 class StoreNodeServicer(metaclass=_abc_1.ABCMeta):
     """---- gRPC -------------------------------------------------------------------------------------------------------"""
@@ -89,5 +107,26 @@ class StoreNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.Unpin,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.Unpinned, _abc.Awaitable[_store_pb2.Unpinned]]: ...
+
+    @_abc_1.abstractmethod
+    def Replicate(
+        self,
+        request: _store_pb2.ReplicateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.Replicated, _abc.Awaitable[_store_pb2.Replicated]]:
+        """Gets copies of another node's blocks, which may be evicted as soon as they are here. Waits neither for what that node
+        does not have now nor for room. INVALID_ARGUMENT, RESOURCE_EXHAUSTED if they can never fit, UNAVAILABLE as above.
+        Ends with the call.
+        """
+
+    @_abc_1.abstractmethod
+    def Trim(
+        self,
+        request: _store_pb2.TrimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.Trimmed, _abc.Awaitable[_store_pb2.Trimmed]]:
+        """Drops blocks from all tiers, but for those that somebody leases, pins or waits for, and those that a block in DRAM
+        follows which stays. INVALID_ARGUMENT, UNAVAILABLE as above.
+        """
 
 def add_StoreNodeServicer_to_server(servicer: StoreNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

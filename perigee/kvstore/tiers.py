@@ -94,6 +94,17 @@ class Tiers:
 
     # ---- out of the arena ----------------------------------------------------------------------------------------
 
+    def drop(self, keys: Sequence[BlockKey]) -> int:
+        """Gives up those of `keys` that nobody holds, in both tiers; returns how many were in any. What stays in the
+        arena, for somebody holds it or a block that follows it is there, stays on SSD, too.
+        """
+        dropped = set(self._index.drop(keys))
+        if self._ssd is not None:
+            for key in keys:
+                if not self._index.block(key) and not self._moves.is_loading(key) and self._ssd.drop(key):
+                    dropped.add(key)
+        return len(dropped)
+
     def free_up(self, num_slots: int, drop_at: float, now: float) -> bool:
         """Whether so many slots can be taken now, though the index may have to drop blocks for them.
 

@@ -18,7 +18,9 @@ BLOCKS = chain("block", 12)
 
 every_policy = pytest.mark.parametrize("name", NAMES)
 # Block number, what to do with it, and whether it is partial; a pop takes none.
-steps = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["use", "allow", "forbid", "pop"]), st.booleans()))
+steps = st.lists(
+    st.tuples(st.integers(0, 11), st.sampled_from(["use", "allow", "forbid", "pop", "remove"]), st.booleans())
+)
 
 
 def drain(policy: EvictionPolicy) -> list[BlockKey]:
@@ -49,6 +51,10 @@ def perform(policy: EvictionPolicy, todo: list[tuple[int, str, bool]]) -> tuple[
         elif step == "forbid":
             policy.forbid(key)
             allowed.discard(key)
+        elif step == "remove" and key in allowed:
+            policy.remove(key)
+            allowed.remove(key)
+            known.remove(key)
         elif step == "pop":
             victim = policy.pop()
             assert (victim is None) == (not allowed)

@@ -5,7 +5,7 @@ import pytest
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.errors import InvalidRequest
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import BlockIndex, GroupId
+from perigee.kvstore.index import NODE, BlockIndex, GroupId
 from perigee.kvstore.messages import BlockEvent, CommittedBlock, Reservation
 from tests.kvstore.keys import ROOT, chain
 
@@ -132,6 +132,29 @@ def test_a_slot_is_not_committed_twice(index: BlockIndex) -> None:
         index.commit(A, _commits(acquired.reserved) * 2, 0.0)
     with pytest.raises(InvalidRequest, match="not a reservation"):
         index.commit(B, _commits(acquired.reserved), 0.0)
+
+
+def test_a_block_that_goes_while_another_of_its_key_still_leaves_is_there_until_both_are_gone(
+    index: BlockIndex,
+) -> None:
+    (key,) = chain("a", 1)
+    first, second = index.acquire(A, [key], ROOT, 0.0), index.acquire(B, [key], ROOT, 0.0)
+    assert first and second
+    index.commit(A, _commits(first.reserved), 0.0)
+    index.release(A)
+    leaving, writer = index.victim(), GroupId(NODE, 1)
+    assert leaving
+    index.leave(writer, leaving)
+    index.commit(B, _commits(second.reserved), 1.0)
+    index.release(B)
+    assert index.take_events() == [BlockEvent(True, key)]
+    again = index.victim()
+    assert again
+    index.evict(again)
+    assert index.take_events() == []
+    index.left(writer, leaving)
+    assert index.take_events() == [BlockEvent(False, key)]
+    assert (len(index), index.free_slots) == (0, 4)
 
 
 def test_leases_of_a_connection_that_is_gone_count_as_orphaned(index: BlockIndex) -> None:

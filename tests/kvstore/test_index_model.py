@@ -111,6 +111,22 @@ class IndexAndModel(RuleBasedStateMachine):
             block.holders.discard(group)
         self.reserved = {slot: entry for slot, entry in self.reserved.items() if entry[0] != group}
 
+    @rule(asked=st.lists(paths, max_size=6, unique=True))
+    def drop(self, asked: list[str]) -> None:
+        keys = [key(path) for path in asked]
+        wanted = {k for k in keys if k in self.blocks and not self.blocks[k].holders}
+        while kept := {
+            k for k in wanted if any(b.parent == k for other, b in self.blocks.items() if other not in wanted)
+        }:
+            wanted -= kept
+        dropped = self.index.drop(keys)
+        assert set(dropped) == wanted and len(dropped) == len(wanted)
+        assert [(event.stored, event.key) for event in self.index.take_events()] == [(False, k) for k in dropped]
+        for k in dropped:
+            assert all(block.parent != k for block in self.blocks.values())
+            del self.blocks[k]
+        self.watched -= wanted
+
     def teardown(self) -> None:
         """Once nobody holds anything, everything can go."""
         for connection in (1, 2):

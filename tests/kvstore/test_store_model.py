@@ -14,7 +14,7 @@ from perigee.kvstore.evict import LRU
 from perigee.kvstore.index import GroupId
 from perigee.kvstore.jobs import CancelPull, DropSegment, Load, Pull, Spill
 from perigee.kvstore.limits import StoreLimits
-from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched, Tier
+from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
 from perigee.kvstore.pins import PinLimits
 from perigee.kvstore.records import Location, Record
 from perigee.kvstore.ssd_index import SsdIndex
@@ -56,6 +56,8 @@ class StoreAndModel(RuleBasedStateMachine):
         self.waiting: dict[Caller, Waiting] = {}
         self.jobs: dict[int, Load | Spill | Pull] = {}
         self.coming: dict[int, dict[int, BlockKey]] = {}  # pull: place: key, of what it has not brought
+        self.given_up: set[int] = set()  # loads from a disk that has failed since: nobody waits for them
+        self.overtaken: set[tuple[int, BlockKey]] = set()  # pull, and what was committed before it has brought it
         self.told = {(event.tier, event.key) for event in self.store.snapshot()}
 
     def _recovered(self) -> list[tuple[Record, Location]]:
@@ -127,6 +129,16 @@ class StoreAndModel(RuleBasedStateMachine):
     def unpin(self, tenant: str, path: str) -> None:
         self.take(self.store.unpin(tenant, [key(path)], self.now))
 
+    @rule(asked=st.lists(paths, max_size=4, unique=True))
+    def trim(self, asked: list[str]) -> None:
+        keys = [key(path) for path in asked]
+        before = self.told.copy()
+        trimmed, answers = self.store.trim(keys, self.now)
+        self.take(answers)
+        if not self.jobs and not self.waiting:
+            assert trimmed == len({block_key for _, block_key in before - self.told})
+        assert before - self.told <= {(tier, block_key) for tier in Tier for block_key in keys}
+
     @rule(seconds=st.sampled_from([0.5, 3.0]))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -177,6 +189,7 @@ class StoreAndModel(RuleBasedStateMachine):
     @rule(really=st.integers(0, 9))
     def ssd_fails(self, really: int) -> None:
         if really == 0:
+            self.given_up = {number for number, job in self.jobs.items() if isinstance(job, Load)}
             self.take(self.store.ssd_failed(self.now))
             assert not any(tier is Tier.SSD for tier, _ in self.told)
 
@@ -200,6 +213,8 @@ class StoreAndModel(RuleBasedStateMachine):
     def take(self, answers: list[Answer]) -> None:
         for answer in answers:
             self.hear(answer)
+        for event in self.store.take_events():
+            self.watch(event)
         for job in self.store.take_jobs():
             match job:
                 case DropSegment():
@@ -217,8 +232,13 @@ class StoreAndModel(RuleBasedStateMachine):
                     self.jobs[job.job] = job
                     self.coming[job.job] = {place: block.key for place, block in enumerate(job.expected)}
                     self.memory.update((block.slot, GARBAGE) for block in job.expected)
-        for event in self.store.take_events():
-            (self.told.add if event.stored else self.told.remove)((event.tier, event.key))
+
+    def watch(self, event: BlockEvent) -> None:
+        entry = event.tier, event.key
+        assert (entry in self.told) != event.stored
+        (self.told.add if event.stored else self.told.remove)(entry)
+        if event.stored:
+            self.overtaken |= {(job, event.key) for job, coming in self.coming.items() if event.key in coming.values()}
 
     def hear(self, answer: Answer) -> None:
         caller, result = answer
@@ -280,9 +300,11 @@ class StoreAndModel(RuleBasedStateMachine):
 
     @invariant()
     def no_block_is_brought_twice_at_once(self) -> None:
-        loads = [job.key for job in self.jobs.values() if isinstance(job, Load)]
-        brought = loads + [block_key for coming in self.coming.values() for block_key in coming.values()]
-        assert len(set(brought)) == len(brought)
+        loads = [job.key for job in self.jobs.values() if isinstance(job, Load) and job.job not in self.given_up]
+        pulls = [(job, block_key) for job, coming in self.coming.items() for block_key in coming.values()]
+        assert len(set(loads)) == len(loads)
+        assert len({block_key for _, block_key in pulls}) == len(pulls)
+        assert not set(loads) & {block_key for job, block_key in pulls if (job, block_key) not in self.overtaken}
 
     @invariant()
     def watchers_were_told_what_is_there(self) -> None:

@@ -1,9 +1,12 @@
 """Where a model's files come from, and that a converted GGUF file is the model that it was."""
 
+import copy
+import functools
 import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -431,13 +434,23 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
-def built_in(monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def built_in() -> Iterator[Path]:
     """The built-in model's GGUF file. Transformers reads it with the `gguf` library too, here without the minute that
-    slicing a memmap takes.
+    slicing a memmap takes, and parses its metadata once only.
     """
-    monkeypatch.setattr(gguf, "GGUFReader", Reader)
-    return checkpoint._built_in_file(DEFAULT_MODEL)
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    load = theirs.load_gguf_checkpoint
+    metadata = functools.cache(load)
+
+    def load_once(path: str, return_tensors: bool = False, **options: Any) -> Any:
+        return load(path, return_tensors=True, **options) if return_tensors else copy.deepcopy(metadata(str(path)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", Reader)
+        patch.setattr(theirs, "load_gguf_checkpoint", load_once)
+        yield checkpoint._built_in_file(DEFAULT_MODEL)
 
 
 @pytest.mark.slow

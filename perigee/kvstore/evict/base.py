@@ -19,3 +19,6 @@ class EvictionPolicy(Protocol):
 
     def pop(self) -> BlockKey | None:
         """Chooses the next victim, which has left when it is used again; None if no block may go."""
+
+    def remove(self, key: BlockKey) -> None:
+        """A block that was allowed leaves like a victim, but it is somebody else's choice."""

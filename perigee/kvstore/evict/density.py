@@ -87,11 +87,15 @@ class HitDensity:
             return None
         lowest = (self._filled & -self._filled).bit_length() - 1
         block = next(iter(self._cells[self._cell_at[lowest]].values()))
+        self.remove(block.key)
+        return block.key
+
+    def remove(self, key: BlockKey) -> None:
+        block = self._tracked[key]
         self._displace(block)
         block.resident = False
         if block.age == NUM_AGES - 1:
-            del self._tracked[block.key]
-        return block.key
+            del self._tracked[key]
 
     def _grow(self, key: BlockKey) -> None:
         """The block has a child."""

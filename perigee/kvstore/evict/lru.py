@@ -25,3 +25,7 @@ class LRU:
         if key is not None:
             del self._last_used[key]
         return key
+
+    def remove(self, key: BlockKey) -> None:
+        self._allowed.discard(key)
+        del self._last_used[key]

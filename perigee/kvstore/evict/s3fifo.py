@@ -66,6 +66,10 @@ class S3FIFO:
                 return key
         return None
 
+    def remove(self, key: BlockKey) -> None:
+        self.forbid(key)
+        self._forget(key, self._entries[key])
+
     def _first(self) -> BlockKey | None:
         """Of the queue whose turn it is, or of the other if none may go there."""
         small_is_full = self._num_small >= _SMALL_SHARE * len(self._entries)
