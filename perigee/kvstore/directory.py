@@ -161,6 +161,8 @@ async def _stay_joined(target: str, member: Member, access: Access) -> None:
                     _log.info("joined directory=%s id=%s", target, member.id)
             except grpc.aio.AioRpcError as error:
                 _log.warning("not in directory=%s id=%s error=%s %s", target, member.id, error.code(), error.details())
+            except asyncio.InvalidStateError:  # what gRPC raises for a write to a call that has failed already
+                _log.warning("not in directory=%s id=%s error=the call failed at once", target, member.id)
         await asyncio.sleep(backoff_s)
         backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
 

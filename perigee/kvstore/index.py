@@ -16,7 +16,7 @@ from typing import NamedTuple
 from perigee.kvstore.blocks import DECODE, PREFILL, BlockKey
 from perigee.kvstore.errors import Fenced, InvalidRequest
 from perigee.kvstore.evict import EvictionPolicy
-from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation
+from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation, Tier
 
 
 class GroupId(NamedTuple):
@@ -50,8 +50,7 @@ class Coming(NamedTuple):
     spare: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Reserved:
+class _Reserved(NamedTuple):
     key: BlockKey
     parent: BlockKey
     nonce: int
@@ -188,15 +187,24 @@ class BlockIndex:
         target.leases |= source.leases
         target.reserved |= source.reserved
 
-    def lease(self, group_id: GroupId, wanted: Iterable[tuple[int, BlockKey]], now: float) -> list[LeasedBlock]:
-        """Leases those of `wanted`, pairs of index and key, that are committed."""
+    def lease(
+        self,
+        group_id: GroupId,
+        wanted: Iterable[tuple[int, BlockKey]],
+        now: float,
+        tier: Tier = Tier.DRAM,
+        remote: bool = False,
+    ) -> list[LeasedBlock]:
+        """Leases those of `wanted`, pairs of index and key, that are committed. `tier` and `remote` say where they come
+        from.
+        """
         group = self._groups.setdefault(group_id, _Group())
         leased = []
         for index, key in wanted:
             if block := self._blocks.get(key):
                 self._lease(group, block)
                 self._use(key, now)
-                leased.append(_leased(index, block))
+                leased.append(LeasedBlock(index, block.slot, block.num_tokens, block.origin, tier, remote))
         return leased
 
     def commit(self, group_id: GroupId, blocks: Sequence[CommittedBlock], now: float) -> list[BlockKey]:

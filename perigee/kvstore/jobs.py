@@ -4,6 +4,7 @@ A slot that is in a job is nobody else's until the job has ended, whatever becam
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.records import Location, Record
@@ -35,8 +36,7 @@ class DropSegment:
     segment: int
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """A block that a pull is to bring, and the slot to receive it in."""
 
     key: BlockKey

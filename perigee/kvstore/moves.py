@@ -18,8 +18,7 @@ from perigee.kvstore.messages import CommittedBlock, Reservation
 from perigee.kvstore.records import Location, Record
 
 
-@dataclass(frozen=True, slots=True)
-class _Incoming:
+class _Incoming(NamedTuple):
     key: BlockKey
     group: GroupId
     reservation: Reservation

@@ -10,7 +10,6 @@ Doubt is never served: a block that could not be read or received is not there, 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
@@ -19,7 +18,7 @@ from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.index import BlockIndex, Coming, GroupId
 from perigee.kvstore.jobs import Job
 from perigee.kvstore.limits import StoreLimits, Totals
-from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, LeasedBlock, Tier
+from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
 from perigee.kvstore.moves import Moves
 from perigee.kvstore.pins import Pins
 from perigee.kvstore.records import Location, Record
@@ -203,7 +202,8 @@ class Store:
 
     def pulled_together(self, job: int, blocks: Iterable[tuple[int, int, int]], now: float) -> list[Answer]:
         """Several lie there, each given as place, number of tokens and origin."""
-        arrived, wrong = [], []
+        arrived: list[BlockKey] = []
+        wrong: list[BlockKey] = []
         for place, num_tokens, origin in blocks:
             key, came = self.moves.pulled(job, place, num_tokens, origin, now)
             (arrived if came else wrong).append(key)
@@ -342,11 +342,11 @@ class Store:
         answers = []
         for request in [request for request in self._loading if key in request.loading]:
             assert request.hold is not None
-            came = self.index.lease(request.hold, [(request.loading.pop(key), key)], now)
+            came = self.index.lease(request.hold, [(request.loading.pop(key), key)], now, Tier.SSD)
             if not came:
                 self._start_again(request)
             else:
-                request.leased |= {block.index: replace(block, tier=Tier.SSD) for block in came}
+                request.leased |= {block.index: block for block in came}
                 if not request.loading:
                     answers.append(self._hand_over_hold(request))
         return answers
@@ -393,9 +393,8 @@ class Store:
                 came.setdefault(request, []).append((self._fetches.drop(request, key), key))
         answers = []
         for request, wanted in came.items():
-            leased = self.index.lease(request.caller.group, wanted, now)
-            blocks = tuple(LeasedBlock(each.index, each.slot, each.num_tokens, each.origin, tier, remote) for each in leased)
-            answers += joined([Answer(request.caller, Fetched(blocks)), *self._complete(request)])
+            leased = self.index.lease(request.caller.group, wanted, now, tier, remote)
+            answers += joined([Answer(request.caller, Fetched(tuple(leased))), *self._complete(request)])
         return answers
 
     def _did_not_come(self, keys: Iterable[BlockKey], again: Callable[[Fetch], bool], now: float) -> list[Answer]:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 
 from perigee.kvstore.errors import BlocksMissing, NoRoom, StoreError, TooLarge
 from perigee.workers import worker_pb2 as pb
+from perigee.workers.config import computes_prompts
 from perigee.workers.decode import decode
 from perigee.workers.engine.sequence import Ref, Sequence
 from perigee.workers.host import Host
@@ -29,9 +31,10 @@ class ServerStream:
         self._outbox: asyncio.Queue[pb.FromWorker | None] = asyncio.Queue()
         self._tasks: dict[Ref, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()  # cancelled, still cleaning up
+        self.ended = asyncio.Event()
 
     async def converse(self, requests: AsyncIterator[pb.ToWorker]) -> AsyncIterator[pb.FromWorker]:
-        """Answers until the server hangs up."""
+        """Answers until the server hangs up, or `end`."""
         reader = asyncio.create_task(self._read(requests))
         try:
             while (message := await self._outbox.get()) is not None:
@@ -40,6 +43,11 @@ class ServerStream:
             reader.cancel()
             for ref in list(self._tasks):
                 self._cancel(ref)
+            self.ended.set()
+
+    def end(self) -> None:
+        """Hangs up, once all that was said until now is on its way."""
+        self._send(None)
 
     async def _read(self, requests: AsyncIterator[pb.ToWorker]) -> None:
         try:
@@ -54,24 +62,33 @@ class ServerStream:
     def _receive(self, message: pb.ToWorker) -> None:
         match message.WhichOneof("message"):
             case "start":
-                self._start(sequence_from_pb(message.start.sequence), message.start.source)
+                self._start(message.start)
             case "prepare":
-                source = message.prepare.source
-                self._open(sequence_from_pb(message.prepare.sequence), lambda s: decode(self._host, s, source))
+                self._prepare(message.prepare)
             case "joined":
                 if session := self._host.sessions.get(ref_from_pb(message.joined.ref)):
                     session.joined.set()
             case "cancel":
                 self._cancel(ref_from_pb(message.cancel.ref))
 
-    def _start(self, sequence: Sequence, source: str) -> None:
+    def _start(self, start: pb.Start) -> None:
         """To a decode worker: the sequence that it prepared, with its first token. To the others: a new one."""
-        if self._host.role != "decode":
-            self._open(sequence, lambda session: prefill(self._host, session, source))
-        elif session := self._host.sessions.get(sequence.ref):
+        sequence, host = sequence_from_pb(start.sequence), self._host
+        if start.role not in ("", host.role):
+            self._fail(sequence.ref, "unknown", f"role: {start.role!r} was wanted, this worker is {host.role} by now")
+        elif computes_prompts(host.role):
+            self._open(sequence, start.rank, lambda session: prefill(host, session, start.source))
+        elif session := host.sessions.get(sequence.ref):
             self._go_on(session, sequence)
         else:
             self._fail(sequence.ref, "unknown", "it was not prepared here, or has ended since")
+
+    def _prepare(self, prepare: pb.Prepare) -> None:
+        sequence, host = sequence_from_pb(prepare.sequence), self._host
+        if host.role != "decode":
+            self._fail(sequence.ref, "unknown", f"role: this worker is {host.role} by now, and prepares nothing")
+        else:
+            self._open(sequence, prepare.rank, lambda session: decode(host, session, prepare.source))
 
     def _go_on(self, session: Session, sequence: Sequence) -> None:
         try:
@@ -80,13 +97,15 @@ class ServerStream:
             self._cancel(session.ref)
             self._fail(session.ref, "invalid", str(error))
 
-    def _open(self, sequence: Sequence, role: Role) -> None:
+    def _open(self, sequence: Sequence, rank: float, role: Role) -> None:
         if problem := self._host.refusal(sequence):
             self._fail(sequence.ref, "invalid", problem)
+        elif not math.isfinite(rank):
+            self._fail(sequence.ref, "invalid", f"rank: is {rank}, allowed is any finite number")
         elif sequence.ref in self._host.sessions:
             self._fail(sequence.ref, "invalid", "ref: this attempt is running already")
         else:
-            session = self._host.open(sequence, self._send)
+            session = self._host.open(sequence, self._send, rank)
             task = asyncio.create_task(self._run(session, role), name=str(session.ref))
             self._tasks[session.ref] = task
             task.add_done_callback(partial(self._ended, session))

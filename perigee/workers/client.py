@@ -37,11 +37,14 @@ class AttemptChannel:
     ) -> None:
         self._client.forget(self._ref)
 
-    def start(self, sequence: Sequence, source: str = "") -> None:
-        self._client.send(pb.ToWorker(start=pb.Start(sequence=sequence_to_pb(sequence), source=source)))
+    def start(self, sequence: Sequence, source: str = "", *, rank: float = 0.0, role: str = "") -> None:
+        """`role` is what the worker is taken for, if that matters: it fails the attempt if it has another by now."""
+        wire = sequence_to_pb(sequence)
+        self._client.send(pb.ToWorker(start=pb.Start(sequence=wire, source=source, rank=rank, role=role)))
 
-    def prepare(self, sequence: Sequence, source: str = "") -> None:
-        self._client.send(pb.ToWorker(prepare=pb.Prepare(sequence=sequence_to_pb(sequence), source=source)))
+    def prepare(self, sequence: Sequence, source: str = "", *, rank: float = 0.0) -> None:
+        wire = sequence_to_pb(sequence)
+        self._client.send(pb.ToWorker(prepare=pb.Prepare(sequence=wire, source=source, rank=rank)))
 
     def joined(self) -> None:
         self._client.send(pb.ToWorker(joined=pb.Joined(ref=ref_to_pb(self._ref))))

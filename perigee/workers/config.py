@@ -1,20 +1,26 @@
 """What a worker is told at its start."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from perigee.kvstore.addresses import Advertise, DirectoryTarget, DirectoryUser, Listen
 
 Role = Literal["prefill", "decode", "mixed"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def computes_prompts(role: Role) -> bool:
+    """Whether a worker of this role is sent prompts. A decode worker gets the blocks of what others computed."""
+    return role != "decode"
 
 
 class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
-    """One worker: a model, a KV pool, and a role."""
+    """One worker: a model, a KV pool, and the role that it begins with."""
 
     id: str = Field(description="name in the cluster, unique")
-    role: Role = Field(description="prefill, decode, or mixed for both")
+    role: Role = Field(description="prefill, decode, or mixed for both; the Conductor may change it")
     model: str = Field(description="checkpoint: a directory, a GGUF file, a Hugging Face name or a built-in one")
     served_model_name: str = Field(default="", description="what the API calls it; default: the model's own name")
     listen: Listen = Field(
@@ -43,4 +49,9 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
         default=60.0,
         gt=0,
         description="wait for the store node, and for blocks of a request without deadline",
+    )
+    drain_s: float = Field(
+        default=25.0,
+        ge=0,
+        description="how long a worker that is told to end goes on with what it has; told again, it ends at once",
     )

@@ -5,12 +5,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 from perigee.kvstore.blocks import KEY_BYTES, BlockKey, num_blocks
 from perigee.kvstore.client import LeaseGroup, StoreClient
 from perigee.kvstore.errors import NoRoom
 from perigee.kvstore.messages import CommittedBlock, LeasedBlock, Reservation
-from perigee.workers.config import Role
+from perigee.workers.config import Role, computes_prompts
 from perigee.workers.engine.batcher import Active, Chunk, Output
 from perigee.workers.engine.engine import Engine, StepResult
 from perigee.workers.engine.sequence import FinishReason, Ref, Sequence
@@ -24,6 +25,10 @@ LOAD_BATCH = 32
 
 Commits = list[tuple[Session, CommittedBlock]]
 Grown = list[tuple[Session, int]]
+
+
+class WorkerBusy(Exception):
+    """The worker has sequences, and what was asked for must wait until it has none."""
 
 
 class Host:
@@ -41,6 +46,23 @@ class Host:
         self.block_tokens = engine.runner.pool.layout.block_tokens
         self.thread = EngineThread(engine, self._on_step)
         self._loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()  # a session; replaced each time
+
+    async def set_role(self, role: Role) -> None:
+        """What comes from now on is done in this role. Raises WorkerBusy while there is any session."""
+        if self.sessions:
+            raise WorkerBusy(f"role: cannot become {role}, {len(self.sessions)} sequences are here as {self.role}")
+        self.role = role
+        await self.thread.call(self._limit_prompts, computes_prompts(role))  # before any sequence that comes now
+
+    def _limit_prompts(self, just_in_time: bool) -> None:
+        batcher = self.thread.engine.batcher
+        batcher.limits = replace(batcher.limits, prompts_just_in_time=just_in_time)
+
+    async def quiet(self) -> None:
+        """Returns when there is no session."""
+        while self.sessions:
+            await self._closed.wait()
 
     def refusal(self, sequence: Sequence) -> str | None:
         """What is wrong with a sequence that came over the wire, or why it could never run here; else None."""
@@ -62,13 +84,15 @@ class Host:
         deadline_s = session.sequence.deadline_s
         return max(0.0, deadline_s - time.time()) if deadline_s else self.store_wait_s
 
-    def open(self, sequence: Sequence, send: Send) -> Session:
-        session = Session(sequence, send, KeyChain(self.namespace, sequence, self.block_tokens))
+    def open(self, sequence: Sequence, send: Send, rank: float) -> Session:
+        session = Session(sequence, send, KeyChain(self.namespace, sequence, self.block_tokens), rank)
         self.sessions[session.ref] = session
         return session
 
     def close(self, session: Session) -> None:
         self.sessions.pop(session.ref, None)
+        self._closed.set()
+        self._closed = asyncio.Event()
 
     @asynccontextmanager
     async def leases(self) -> AsyncIterator[LeaseGroup]:
@@ -86,7 +110,7 @@ class Host:
     async def pages(self, session: Session, *, one_token: bool) -> AsyncIterator[Active]:
         """Waits for the session's pages. They are freed after every copy that was begun from or into them."""
         try:
-            yield await self.thread.admit(session.sequence, one_token=one_token)
+            yield await self.thread.admit(session.sequence, one_token=one_token, rank=session.rank)
         finally:
             await session.end_saves()
             await self.thread.remove(session.ref)

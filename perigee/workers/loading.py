@@ -6,7 +6,7 @@ import torch
 
 from perigee.kvstore.blocks import LAYOUT_VERSION, namespace, num_blocks
 from perigee.workers.attention.base import KVPool
-from perigee.workers.config import WorkerConfig
+from perigee.workers.config import WorkerConfig, computes_prompts
 from perigee.workers.engine.batcher import Batcher, BatchLimits
 from perigee.workers.engine.engine import Engine, EngineTotals
 from perigee.workers.engine.pages import PagePool
@@ -67,7 +67,7 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
         max_batched_tokens=config.max_batched_tokens,
         max_sequences=config.max_sequences,
         max_context=max_context(model, config),
-        prompts_just_in_time=config.role != "decode",  # which computes none
+        prompts_just_in_time=computes_prompts(config.role),
     )
     engine = Engine(Batcher(PagePool(num_pages, config.block_tokens), limits, eos), runner)
     _warm_up(engine, limits)

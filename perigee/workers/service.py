@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from perigee.kvstore.errors import StoreClosed
 from perigee.workers import worker_pb2 as pb
 from perigee.workers.attach import ServerStream
 from perigee.workers.client import CHANNEL_OPTIONS
-from perigee.workers.config import WorkerConfig
+from perigee.workers.config import ROLES, Role, WorkerConfig
 from perigee.workers.engine.engine import EngineLoad
-from perigee.workers.host import Host
+from perigee.workers.host import Host, WorkerBusy
 from perigee.workers.loading import load_engine, model_card
 from perigee.workers.messages import ModelCard, WorkerReport
 from perigee.workers.model.checkpoint import resolve
@@ -39,57 +39,116 @@ REPORT_MAX_S = 0.25
 
 STORE_RETRY_S = 0.2
 
+# For which a worker that is told to end waits for what was sent to it before anybody knew.
+LINGER_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a report tells that changes, but for totals."""
+
+    role: Role
+    draining: bool
+    load: EngineLoad
+
 
 class WorkerService(WorkerServicer):
-    """Answers `Attach` and `Watch` for one host."""
+    """Answers for one host, and sees it out."""
 
     def __init__(self, host: Host, config: WorkerConfig, card: ModelCard, incarnation: str) -> None:
         self._host = host
         self._config = config
         self._card = card
         self._incarnation = incarnation
+        self._streams: set[ServerStream] = set()
+        self._draining = False
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.ToWorker], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.FromWorker]:
         """One server's stream. What it started ends with it."""
-        async for message in ServerStream(self._host).converse(request_iterator):
-            yield message
+        stream = ServerStream(self._host)
+        self._streams.add(stream)
+        try:
+            async for message in stream.converse(request_iterator):
+                yield message
+        finally:
+            self._streams.discard(stream)
 
     async def Watch(
         self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.WorkerReport]:
         """The state now, on change, and every 250 ms."""
         while True:
-            load = self._host.thread.load
-            yield report_to_pb(self._report(load))
-            await self._change(load)
+            state = self._state
+            yield report_to_pb(self._report(state))
+            await self._change(state)
 
-    def _report(self, load: EngineLoad) -> WorkerReport:
+    async def SetRole(
+        self, request: pb.SetRoleRequest, context: "grpc.aio.ServicerContext[pb.SetRoleRequest, pb.RoleSet]"
+    ) -> pb.RoleSet:
+        if request.incarnation != self._incarnation:
+            text = f"incarnation: is {self._incarnation}, {request.incarnation!r} was meant"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        role = next((role for role in ROLES if role == request.role), None)
+        if role is None:
+            text = f"role: is {request.role!r}, allowed are {', '.join(ROLES)}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        try:
+            await self._set_role(role)
+        except WorkerBusy as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.RoleSet()
+
+    async def drain(self) -> None:
+        """Goes on with the sequences that are here or on their way, and hangs up on the servers when none is left."""
+        self._draining = True
+        if self._streams:
+            await asyncio.sleep(LINGER_S)
+        await self._host.quiet()
+        streams = list(self._streams)
+        for stream in streams:
+            stream.end()
+        await asyncio.gather(*(stream.ended.wait() for stream in streams))
+
+    async def _set_role(self, role: Role) -> None:
+        before = self._host.role
+        await self._host.set_role(role)
+        logger.info("role set worker=%s role=%s before=%s", self._config.id, role, before)
+
+    @property
+    def _state(self) -> _State:
+        return _State(self._host.role, self._draining, self._host.thread.load)
+
+    def _report(self, state: _State) -> WorkerReport:
         totals = self._host.thread.engine.totals
         return WorkerReport(
             worker_id=self._config.id,
             incarnation=self._incarnation,
-            role=self._config.role,
+            role=state.role,
             card=self._card,
+            draining=state.draining,
             last_step_s=totals.last_step_s,
             computed_prompt_tokens_total=totals.computed_prompt_tokens,
             cached_prompt_tokens_total=totals.cached_prompt_tokens,
             output_tokens_total=totals.output_tokens,
             steps_total=totals.steps,
-            **asdict(load),
+            **asdict(state.load),
         )
 
-    async def _change(self, load: EngineLoad) -> None:
-        """Returns when the load is another, at the latest after REPORT_MAX_S."""
+    async def _change(self, state: _State) -> None:
+        """Returns when the state is another, at the latest after REPORT_MAX_S."""
         for _ in range(round(REPORT_MAX_S / REPORT_MIN_S)):
             await asyncio.sleep(REPORT_MIN_S)
-            if self._host.thread.load != load:
+            if self._state != state:
                 return
 
 
 async def run(config: WorkerConfig) -> None:
-    """Serves until cancelled, or until the engine or the store node is gone: then it raises."""
+    """Serves until cancelled, or until the engine or the store node is gone: then it raises.
+
+    What is cancelled does first what it has, for `drain_s` at most; a second cancellation ends that.
+    """
     directory = resolve(config.model, config.dtype)
     model = load_config(directory, config.moba)
     if model.moba:
@@ -130,7 +189,8 @@ async def _serve(
     )
     host = Host(config.role, engine, store, BlockKey(card.namespace), config.store_wait_s)
     server = config.access.server(CHANNEL_OPTIONS)
-    add_WorkerServicer_to_server(WorkerService(host, config, card, incarnation), server)
+    service = WorkerService(host, config, card, incarnation)
+    add_WorkerServicer_to_server(service, server)
     port = server.add_insecure_port(config.listen)
     await server.start()
     host.thread.start()
@@ -147,11 +207,27 @@ async def _serve(
     joined = asyncio.create_task(stay_joined(config.directory, member, config.access))
     try:
         await _until_lost(host, store)
+    except asyncio.CancelledError:
+        await _drain(service, host, store, config)
+        raise
     finally:
         joined.cancel()
         await asyncio.gather(joined, return_exceptions=True)
         await server.stop(grace=None)
         await host.thread.stop()
+
+
+async def _drain(service: WorkerService, host: Host, store: StoreClient, config: WorkerConfig) -> None:
+    """Lets the sequences come to their end, as long as that may take."""
+    logger.info("draining worker=%s sequences=%d", config.id, len(host.sessions))
+    tasks = [asyncio.create_task(service.drain()), asyncio.create_task(_until_lost(host, store))]
+    try:
+        await asyncio.wait(tasks, timeout=config.drain_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        logger.info("drained worker=%s sequences_left=%d", config.id, len(host.sessions))
 
 
 async def _until_lost(host: Host, store: StoreClient) -> None:

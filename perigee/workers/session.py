@@ -80,6 +80,7 @@ class Session:
     sequence: Sequence  # as it was opened; its block keys name what decode fetches
     send: Send  # to the server that owns the request
     chain: KeyChain
+    rank: float = 0.0  # its place among those that wait for pages
     active: Active | None = None  # once it holds pages
     group: LeaseGroup | None = None  # prefill: of its leases and reservations
     record: PrefillRecord | None = None  # until the first token is out, where this worker prefills

@@ -69,12 +69,12 @@ class EngineThread:
         self._inbox.put(run)
         return await future
 
-    async def admit(self, sequence: Sequence, *, one_token: bool) -> Active:
+    async def admit(self, sequence: Sequence, *, one_token: bool, rank: float = 0.0) -> Active:
         """Waits until the sequence holds pages. `remove` ends the waiting, too."""
         admitted: asyncio.Future[Active] = self._loop.create_future()
         self._admissions[sequence.ref] = admitted
         try:
-            await self.call(lambda: self.engine.batcher.add(sequence, one_token=one_token))
+            await self.call(lambda: self.engine.batcher.add(sequence, one_token=one_token, rank=rank))
             return await admitted
         finally:
             self._admissions.pop(sequence.ref, None)

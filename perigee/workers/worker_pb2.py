@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cperigee/workers/worker.proto\x12\x0fperigee.workers\":\n\x03Ref\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xea\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x42\x0b\n\t_logprobs\"\xf8\x01\n\x08Sequence\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.perigee.workers.Sampling\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x0c\n\x04salt\x18\t \x01(\x0c\x12\x12\n\nsalt_block\x18\n \x01(\r\x12\x0c\n\x04\x64raw\x18\x0c \x01(\r\"\xd0\x01\n\x08ToWorker\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x05start\x18\x02 \x01(\x0b\x32\x16.perigee.workers.StartH\x00\x12+\n\x07prepare\x18\x03 \x01(\x0b\x32\x18.perigee.workers.PrepareH\x00\x12)\n\x06joined\x18\x04 \x01(\x0b\x32\x17.perigee.workers.JoinedH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.perigee.workers.CancelH\x00\x42\t\n\x07message\"D\n\x05Start\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.perigee.workers.Sequence\x12\x0e\n\x06source\x18\x02 \x01(\t\"F\n\x07Prepare\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.perigee.workers.Sequence\x12\x0e\n\x06source\x18\x02 \x01(\t\"+\n\x06Joined\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\"+\n\x06\x43\x61ncel\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\"\xe6\x01\n\nFromWorker\x12\x34\n\x0cprefill_done\x18\x01 \x01(\x0b\x32\x1c.perigee.workers.PrefillDoneH\x00\x12\x36\n\rdecode_joined\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.DecodeJoinedH\x00\x12\x34\n\x0cstep_outputs\x18\x03 \x01(\x0b\x32\x1c.perigee.workers.StepOutputsH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.perigee.workers.FailedH\x00\x42\t\n\x07message\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"m\n\x05Token\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x33\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1d.perigee.workers.TokenLogprobB\n\n\x08_logprob\"\x96\x02\n\x0bPrefillDone\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x16.perigee.workers.Token\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.perigee.workers.FinishReason\x12\x1a\n\x12\x63\x61\x63hed_tokens_dram\x18\x04 \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ssd\x18\x05 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_tokens_remote\x18\x06 \x01(\r\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x0e\n\x06load_s\x18\x08 \x01(\x01\x12\x11\n\tcompute_s\x18\t \x01(\x01\"1\n\x0c\x44\x65\x63odeJoined\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\";\n\x0bStepOutputs\x12,\n\x07outputs\x18\x01 \x03(\x0b\x32\x1b.perigee.workers.StepOutput\"\x9b\x01\n\nStepOutput\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\r\n\x05index\x18\x02 \x01(\r\x12%\n\x05token\x18\x03 \x01(\x0b\x32\x16.perigee.workers.Token\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.perigee.workers.FinishReason\"\xb9\x01\n\x06\x46\x61iled\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12*\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1c.perigee.workers.Failed.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\"O\n\x04\x43ode\x12\x0c\n\x08INTERNAL\x10\x00\x12\x12\n\x0e\x42LOCKS_MISSING\x10\x01\x12\x0b\n\x07NO_ROOM\x10\x02\x12\x0b\n\x07INVALID\x10\x03\x12\x0b\n\x07UNKNOWN\x10\x04\"\x0e\n\x0cWatchRequest\"\xda\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x11\n\tnamespace\x18\t \x01(\x0c\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xbd\x03\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12(\n\x04\x63\x61rd\x18\x04 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12\x18\n\x10queued_sequences\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11running_sequences\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x12\n\nfree_pages\x18\t \x01(\r\x12\x13\n\x0btotal_pages\x18\n \x01(\r\x12\x15\n\rmax_sequences\x18\x0b \x01(\r\x12\x13\n\x0blast_step_s\x18\x0c \x01(\x01\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12$\n\x1c\x63omputed_prompt_tokens_total\x18\x0e \x01(\x04\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_total\x18\x0f \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x10 \x01(\x04\x12\x13\n\x0bsteps_total\x18\x11 \x01(\x04*6\n\x0c\x46inishReason\x12\x10\n\x0cNOT_FINISHED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x32\x97\x01\n\x06Worker\x12\x44\n\x06\x41ttach\x12\x19.perigee.workers.ToWorker\x1a\x1b.perigee.workers.FromWorker(\x01\x30\x01\x12G\n\x05Watch\x12\x1d.perigee.workers.WatchRequest\x1a\x1d.perigee.workers.WorkerReport0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cperigee/workers/worker.proto\x12\x0fperigee.workers\":\n\x03Ref\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xea\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x42\x0b\n\t_logprobs\"\xf8\x01\n\x08Sequence\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.perigee.workers.Sampling\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x0c\n\x04salt\x18\t \x01(\x0c\x12\x12\n\nsalt_block\x18\n \x01(\r\x12\x0c\n\x04\x64raw\x18\x0c \x01(\r\"\xd0\x01\n\x08ToWorker\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x05start\x18\x02 \x01(\x0b\x32\x16.perigee.workers.StartH\x00\x12+\n\x07prepare\x18\x03 \x01(\x0b\x32\x18.perigee.workers.PrepareH\x00\x12)\n\x06joined\x18\x04 \x01(\x0b\x32\x17.perigee.workers.JoinedH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.perigee.workers.CancelH\x00\x42\t\n\x07message\"`\n\x05Start\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.perigee.workers.Sequence\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x01\x12\x0c\n\x04role\x18\x04 \x01(\t\"T\n\x07Prepare\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.perigee.workers.Sequence\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x01\"+\n\x06Joined\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\"+\n\x06\x43\x61ncel\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\"\xe6\x01\n\nFromWorker\x12\x34\n\x0cprefill_done\x18\x01 \x01(\x0b\x32\x1c.perigee.workers.PrefillDoneH\x00\x12\x36\n\rdecode_joined\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.DecodeJoinedH\x00\x12\x34\n\x0cstep_outputs\x18\x03 \x01(\x0b\x32\x1c.perigee.workers.StepOutputsH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.perigee.workers.FailedH\x00\x42\t\n\x07message\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"m\n\x05Token\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x33\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1d.perigee.workers.TokenLogprobB\n\n\x08_logprob\"\x96\x02\n\x0bPrefillDone\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x16.perigee.workers.Token\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.perigee.workers.FinishReason\x12\x1a\n\x12\x63\x61\x63hed_tokens_dram\x18\x04 \x01(\r\x12\x19\n\x11\x63\x61\x63hed_tokens_ssd\x18\x05 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_tokens_remote\x18\x06 \x01(\r\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x0e\n\x06load_s\x18\x08 \x01(\x01\x12\x11\n\tcompute_s\x18\t \x01(\x01\"1\n\x0c\x44\x65\x63odeJoined\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\";\n\x0bStepOutputs\x12,\n\x07outputs\x18\x01 \x03(\x0b\x32\x1b.perigee.workers.StepOutput\"\x9b\x01\n\nStepOutput\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\r\n\x05index\x18\x02 \x01(\r\x12%\n\x05token\x18\x03 \x01(\x0b\x32\x16.perigee.workers.Token\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.perigee.workers.FinishReason\"\xb9\x01\n\x06\x46\x61iled\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12*\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1c.perigee.workers.Failed.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\"O\n\x04\x43ode\x12\x0c\n\x08INTERNAL\x10\x00\x12\x12\n\x0e\x42LOCKS_MISSING\x10\x01\x12\x0b\n\x07NO_ROOM\x10\x02\x12\x0b\n\x07INVALID\x10\x03\x12\x0b\n\x07UNKNOWN\x10\x04\"\x0e\n\x0cWatchRequest\"3\n\x0eSetRoleRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\t\n\x07RoleSet\"\xda\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x11\n\tnamespace\x18\t \x01(\x0c\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xbd\x03\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12(\n\x04\x63\x61rd\x18\x04 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12\x18\n\x10queued_sequences\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11running_sequences\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x12\n\nfree_pages\x18\t \x01(\r\x12\x13\n\x0btotal_pages\x18\n \x01(\r\x12\x15\n\rmax_sequences\x18\x0b \x01(\r\x12\x13\n\x0blast_step_s\x18\x0c \x01(\x01\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12$\n\x1c\x63omputed_prompt_tokens_total\x18\x0e \x01(\x04\x12\"\n\x1a\x63\x61\x63hed_prompt_tokens_total\x18\x0f \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x10 \x01(\x04\x12\x13\n\x0bsteps_total\x18\x11 \x01(\x04*6\n\x0c\x46inishReason\x12\x10\n\x0cNOT_FINISHED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x32\xdd\x01\n\x06Worker\x12\x44\n\x06\x41ttach\x12\x19.perigee.workers.ToWorker\x1a\x1b.perigee.workers.FromWorker(\x01\x30\x01\x12G\n\x05Watch\x12\x1d.perigee.workers.WatchRequest\x1a\x1d.perigee.workers.WorkerReport0\x01\x12\x44\n\x07SetRole\x12\x1f.perigee.workers.SetRoleRequest\x1a\x18.perigee.workers.RoleSetb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perigee.workers.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2856
-  _globals['_FINISHREASON']._serialized_end=2910
+  _globals['_FINISHREASON']._serialized_start=2962
+  _globals['_FINISHREASON']._serialized_end=3016
   _globals['_REF']._serialized_start=49
   _globals['_REF']._serialized_end=107
   _globals['_SAMPLING']._serialized_start=110
@@ -42,37 +42,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOWORKER']._serialized_start=598
   _globals['_TOWORKER']._serialized_end=806
   _globals['_START']._serialized_start=808
-  _globals['_START']._serialized_end=876
-  _globals['_PREPARE']._serialized_start=878
-  _globals['_PREPARE']._serialized_end=948
-  _globals['_JOINED']._serialized_start=950
-  _globals['_JOINED']._serialized_end=993
-  _globals['_CANCEL']._serialized_start=995
-  _globals['_CANCEL']._serialized_end=1038
-  _globals['_FROMWORKER']._serialized_start=1041
-  _globals['_FROMWORKER']._serialized_end=1271
-  _globals['_TOKENLOGPROB']._serialized_start=1273
-  _globals['_TOKENLOGPROB']._serialized_end=1319
-  _globals['_TOKEN']._serialized_start=1321
-  _globals['_TOKEN']._serialized_end=1430
-  _globals['_PREFILLDONE']._serialized_start=1433
-  _globals['_PREFILLDONE']._serialized_end=1711
-  _globals['_DECODEJOINED']._serialized_start=1713
-  _globals['_DECODEJOINED']._serialized_end=1762
-  _globals['_STEPOUTPUTS']._serialized_start=1764
-  _globals['_STEPOUTPUTS']._serialized_end=1823
-  _globals['_STEPOUTPUT']._serialized_start=1826
-  _globals['_STEPOUTPUT']._serialized_end=1981
-  _globals['_FAILED']._serialized_start=1984
-  _globals['_FAILED']._serialized_end=2169
-  _globals['_FAILED_CODE']._serialized_start=2090
-  _globals['_FAILED_CODE']._serialized_end=2169
-  _globals['_WATCHREQUEST']._serialized_start=2171
-  _globals['_WATCHREQUEST']._serialized_end=2185
-  _globals['_MODELCARD']._serialized_start=2188
-  _globals['_MODELCARD']._serialized_end=2406
-  _globals['_WORKERREPORT']._serialized_start=2409
-  _globals['_WORKERREPORT']._serialized_end=2854
-  _globals['_WORKER']._serialized_start=2913
-  _globals['_WORKER']._serialized_end=3064
+  _globals['_START']._serialized_end=904
+  _globals['_PREPARE']._serialized_start=906
+  _globals['_PREPARE']._serialized_end=990
+  _globals['_JOINED']._serialized_start=992
+  _globals['_JOINED']._serialized_end=1035
+  _globals['_CANCEL']._serialized_start=1037
+  _globals['_CANCEL']._serialized_end=1080
+  _globals['_FROMWORKER']._serialized_start=1083
+  _globals['_FROMWORKER']._serialized_end=1313
+  _globals['_TOKENLOGPROB']._serialized_start=1315
+  _globals['_TOKENLOGPROB']._serialized_end=1361
+  _globals['_TOKEN']._serialized_start=1363
+  _globals['_TOKEN']._serialized_end=1472
+  _globals['_PREFILLDONE']._serialized_start=1475
+  _globals['_PREFILLDONE']._serialized_end=1753
+  _globals['_DECODEJOINED']._serialized_start=1755
+  _globals['_DECODEJOINED']._serialized_end=1804
+  _globals['_STEPOUTPUTS']._serialized_start=1806
+  _globals['_STEPOUTPUTS']._serialized_end=1865
+  _globals['_STEPOUTPUT']._serialized_start=1868
+  _globals['_STEPOUTPUT']._serialized_end=2023
+  _globals['_FAILED']._serialized_start=2026
+  _globals['_FAILED']._serialized_end=2211
+  _globals['_FAILED_CODE']._serialized_start=2132
+  _globals['_FAILED_CODE']._serialized_end=2211
+  _globals['_WATCHREQUEST']._serialized_start=2213
+  _globals['_WATCHREQUEST']._serialized_end=2227
+  _globals['_SETROLEREQUEST']._serialized_start=2229
+  _globals['_SETROLEREQUEST']._serialized_end=2280
+  _globals['_ROLESET']._serialized_start=2282
+  _globals['_ROLESET']._serialized_end=2291
+  _globals['_MODELCARD']._serialized_start=2294
+  _globals['_MODELCARD']._serialized_end=2512
+  _globals['_WORKERREPORT']._serialized_start=2515
+  _globals['_WORKERREPORT']._serialized_end=2960
+  _globals['_WORKER']._serialized_start=3019
+  _globals['_WORKER']._serialized_end=3240
 # @@protoc_insertion_point(module_scope)

@@ -231,8 +231,14 @@ class Start(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """store node to fetch the cached prefix from, if not the local one"""
+    rank: _builtins.float
+    """of those that wait for the worker the smallest goes first; equals in order of arrival"""
+    role: _builtins.str
+    """what the worker is taken for: if it has another role by now, UNKNOWN. Empty: whatever it is"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -240,10 +246,12 @@ class Start(_message.Message):
         *,
         sequence: Global___Sequence | None = ...,
         source: _builtins.str = ...,
+        rank: _builtins.float = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "role", b"role", "sequence", b"sequence", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,7 +265,10 @@ class Prepare(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     source: _builtins.str
+    rank: _builtins.float
+    """as in Start"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -265,10 +276,11 @@ class Prepare(_message.Message):
         *,
         sequence: Global___Sequence | None = ...,
         source: _builtins.str = ...,
+        rank: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "sequence", b"sequence", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -539,7 +551,7 @@ class Failed(_message.Message):
         INVALID: Failed._Code.ValueType  # 3
         """would fail anywhere"""
         UNKNOWN: Failed._Code.ValueType  # 4
-        """the worker does not know this sequence"""
+        """the worker does not know this sequence, or does not do this with any"""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
     INTERNAL: Failed.Code.ValueType  # 0
@@ -550,7 +562,7 @@ class Failed(_message.Message):
     INVALID: Failed.Code.ValueType  # 3
     """would fail anywhere"""
     UNKNOWN: Failed.Code.ValueType  # 4
-    """the worker does not know this sequence"""
+    """the worker does not know this sequence, or does not do this with any"""
 
     REF_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
@@ -588,6 +600,44 @@ class WatchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class SetRoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    role: _builtins.str
+    """prefill, decode or mixed"""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRoleRequest: _TypeAlias = SetRoleRequest  # noqa: Y015
+
+@_typing.final
+class RoleSet(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleSet: _TypeAlias = RoleSet  # noqa: Y015
 
 @_typing.final
 class ModelCard(_message.Message):
@@ -676,6 +726,7 @@ class WorkerReport(_message.Message):
     max_sequences: _builtins.int
     last_step_s: _builtins.float
     draining: _builtins.bool
+    """it ends once it has done what it has: give it nothing more"""
     computed_prompt_tokens_total: _builtins.int
     cached_prompt_tokens_total: _builtins.int
     output_tokens_total: _builtins.int

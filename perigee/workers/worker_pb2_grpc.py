@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=perigee_dot_workers_dot_worker__pb2.WatchRequest.SerializeToString,
                 response_deserializer=perigee_dot_workers_dot_worker__pb2.WorkerReport.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/perigee.workers.Worker/SetRole',
+                request_serializer=perigee_dot_workers_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=perigee_dot_workers_dot_worker__pb2.RoleSet.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -63,6 +68,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Changes pools, without loading anything anew; the next report says so. FAILED_PRECONDITION while it has a sequence, or
+        if another incarnation is meant; INVALID_ARGUMENT for what is no role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +88,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=perigee_dot_workers_dot_worker__pb2.WatchRequest.FromString,
                     response_serializer=perigee_dot_workers_dot_worker__pb2.WorkerReport.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=perigee_dot_workers_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=perigee_dot_workers_dot_worker__pb2.RoleSet.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +149,33 @@ class Worker:
             '/perigee.workers.Worker/Watch',
             perigee_dot_workers_dot_worker__pb2.WatchRequest.SerializeToString,
             perigee_dot_workers_dot_worker__pb2.WorkerReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.workers.Worker/SetRole',
+            perigee_dot_workers_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            perigee_dot_workers_dot_worker__pb2.RoleSet.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class WorkerStub:
     """One stream per server and worker. When it breaks, the worker forgets every sequence that came over it."""
     Watch: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]
     """The state of the worker now, then on change and at least every 250 ms."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.RoleSet]
+    """Changes pools, without loading anything anew; the next report says so. FAILED_PRECONDITION while it has a sequence, or
+    if another incarnation is meant; INVALID_ARGUMENT for what is no role.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -43,6 +47,10 @@ class WorkerAsyncStub(WorkerStub):
     """One stream per server and worker. When it breaks, the worker forgets every sequence that came over it."""
     Watch: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
     """The state of the worker now, then on change and at least every 250 ms."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.RoleSet]  # type: ignore[assignment]
+    """Changes pools, without loading anything anew; the next report says so. FAILED_PRECONDITION while it has a sequence, or
+    if another incarnation is meant; INVALID_ARGUMENT for what is no role.
+    """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,5 +68,15 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WorkerReport], _abc.AsyncIterator[_worker_pb2.WorkerReport]]:
         """The state of the worker now, then on change and at least every 250 ms."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _worker_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.RoleSet, _abc.Awaitable[_worker_pb2.RoleSet]]:
+        """Changes pools, without loading anything anew; the next report says so. FAILED_PRECONDITION while it has a sequence, or
+        if another incarnation is meant; INVALID_ARGUMENT for what is no role.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

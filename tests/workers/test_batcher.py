@@ -1,6 +1,8 @@
 """Continuous batching: what is admitted, what a step holds, and how sequences end."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perigee.workers.engine.batcher import Active, Batcher, BatchLimits
 from perigee.workers.engine.pages import PagePool
@@ -57,6 +59,23 @@ def test_decoding_goes_first_and_prompts_share_what_is_left_of_the_token_budget(
     second, third = running(engine, sequence("b", 5), sequence("c", 9))
     chunks = [(chunk.active, chunk.start, chunk.length, chunk.samples) for chunk in engine.schedule()]
     assert chunks == [(first, 3, 1, True), (second, 0, 5, True), (third, 0, 2, False)]
+
+
+def test_prompts_share_a_step_only_while_they_are_short_together() -> None:
+    limits = BatchLimits(64, 8, 64, shared_prompt_tokens=8)
+    engine = Batcher(PagePool(64, 4), limits, frozenset({EOS}))
+    running(engine, *(sequence(name, length) for name, length in (("a", 20), ("b", 3), ("c", 5), ("d", 1), ("e", 4))))
+    steps = []
+    for _ in range(3):
+        chunks = engine.schedule()
+        steps.append([(chunk.active.ref.request_id, chunk.length) for chunk in chunks])
+        engine.apply(chunks, [Token(1)] * len(chunks))
+    # One token of a prompt is as little as a decoding sequence's, and holds up nobody.
+    assert steps == [
+        [("d", 1), ("a", 20)],
+        [("a", 1), ("d", 1), ("b", 3), ("c", 5)],
+        [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 4)],
+    ]
 
 
 def test_a_prompt_goes_on_where_its_last_chunk_ended() -> None:
@@ -153,3 +172,82 @@ def test_blocks_are_complete_when_their_last_token_is() -> None:
         engine.apply(chunks, sampled)
     # Tokens 0-5, 6-10 (the prompt's end: its partial block counts), 11 fills that block, 12 begins the next.
     assert complete == [[0], [1, 2], [2], []]
+
+
+def names(admitted: list[Active]) -> list[str]:
+    return [active.ref.request_id for active in admitted]
+
+
+def test_the_smallest_rank_is_admitted_first_and_equals_in_order_of_arrival() -> None:
+    engine = batcher(sequences=2)
+    for name, rank in (("late", 9.0), ("b", 2.0), ("early", -1.0), ("c", 2.0)):
+        engine.add(sequence(name, 1), one_token=False, rank=rank)
+    first = engine.admit()
+    for active in first:
+        engine.remove(active.ref)
+    assert names(first) == ["early", "b"] and names(engine.admit()) == ["c", "late"]
+
+
+def test_who_is_first_by_rank_is_not_overtaken_for_being_large() -> None:
+    engine = batcher(pages=4)
+    running(engine, sequence("a", 8, max_tokens=4))
+    engine.add(sequence("small", 1, max_tokens=1), one_token=False, rank=2.0)
+    engine.add(sequence("large", 12, max_tokens=4), one_token=False, rank=1.0)
+    assert engine.admit() == []
+    engine.remove(Ref("a"))
+    assert names(engine.admit()) == ["large"]
+
+
+def test_prompts_in_progress_give_way_to_those_of_smaller_rank_but_decoding_goes_on() -> None:
+    engine = batcher(tokens=4)
+    (decoding,) = running(engine, sequence("decoding", 2))
+    engine.apply(engine.schedule(), [Token(1)])
+    (long,) = running(engine, sequence("long", 20))
+    engine.apply(engine.schedule(), [Token(1)])
+    engine.add(sequence("urgent", 5), one_token=False, rank=-1.0)
+    (urgent,) = engine.admit()
+    engine.ready(urgent, 0)
+    assert [(chunk.active, chunk.start, chunk.length) for chunk in engine.schedule()] == [
+        (decoding, 3, 1),
+        (urgent, 0, 3),
+    ]
+    assert long.computed == 3
+
+
+def test_just_in_time_admission_counts_only_the_prompts_that_go_first() -> None:
+    limits = BatchLimits(8, 4, 64, prompts_just_in_time=True)
+    engine = Batcher(PagePool(64, 4), limits, frozenset({EOS}))
+    engine.add(sequence("long", 30), one_token=True, rank=5.0)
+    engine.add(sequence("next", 4), one_token=True, rank=6.0)
+    assert names(engine.admit()) == ["long"]
+    engine.add(sequence("urgent", 4), one_token=True, rank=1.0)
+    assert names(engine.admit()) == ["urgent"]
+
+
+arrivals = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 7.0]), st.integers(1, 12)), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrivals=arrivals, gone=st.sets(st.integers(0, 11)), just_in_time=st.booleans())
+def test_all_who_wait_are_admitted_once_and_by_rank(
+    arrivals: list[tuple[float, int]], gone: set[int], just_in_time: bool
+) -> None:
+    engine = Batcher(PagePool(4, 4), BatchLimits(8, 3, 64, just_in_time), frozenset({EOS}))
+    for number, (rank, length) in enumerate(arrivals):
+        engine.add(sequence(str(number), length), one_token=True, rank=rank)
+    for number in gone:
+        engine.remove(Ref(str(number)))
+    expected = [n for _, n in sorted((rank, n) for n, (rank, _) in enumerate(arrivals) if n not in gone)]
+    admitted: list[str] = []
+    finished: list[str] = []
+    while engine.waiting or engine.active:
+        for active in engine.admit():
+            admitted.append(active.ref.request_id)
+            engine.ready(active, 0)
+        chunks = engine.schedule()
+        assert chunks and sum(chunk.length for chunk in chunks) <= 8
+        for output in engine.apply(chunks, [Token(1) for chunk in chunks if chunk.samples]):
+            finished.append(output.active.ref.request_id)
+            engine.remove(output.active.ref)
+    assert admitted == [str(number) for number in expected]
+    assert sorted(finished) == sorted(admitted) and engine.pool.num_free == 4

@@ -9,6 +9,8 @@ row, and nothing is computed of a cached token but its scores. *Expanded*, every
 first, and each score then costs a third.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,17 @@ class UpProjection(Prepared):
         self.values = Matrix(both.tensor[:, self.nope_dim :], both.packed)  # U_v, [heads, value_dim, rank]
 
 
+class LatentBackend(Protocol):
+    """Causal attention over latents."""
+
+    def attend(self, q: Tensor, cache: LayerCache, up: UpProjection, batch: StepBatch) -> Tensor:
+        """As `Attention.attend`: q is [tokens, heads, nope_dim + rope_dim], rotated; what is cached of a token are its
+        latent and its rotated key, [rank + rope_dim]."""
+        ...
+
+
 class LatentAttention:
-    """Causal attention over latents, on any device."""
+    """See `LatentBackend`. On any device."""
 
     def __init__(self, config: MoonlightConfig, kernels: Kernels, moba: MobaConfig | None) -> None:
         self.config = config
@@ -53,8 +64,7 @@ class LatentAttention:
         self.chunks = ChunkAttention(config.score_scale, kernels, moba)
 
     def attend(self, q: Tensor, cache: LayerCache, up: UpProjection, batch: StepBatch) -> Tensor:
-        """As `Attention.attend`: q is [tokens, heads, nope_dim + rope_dim], rotated; what is cached of a token are its
-        latent and its rotated key, [rank + rope_dim]."""
+        """See `LatentBackend`."""
         cache.summarise(batch.full_pages)
         if batch.decode:
             latents = cache.keys[:, : self.config.kv_lora_rank]

@@ -2,11 +2,16 @@
 
 A sequence waits until pages for all that it can ever come to are free, so nothing runs out midway. Then its cached
 prefix is loaded by whoever drives the engine, and from then on every step takes one token of each decoding sequence and
-fills what is left of the token budget with prompt chunks, first come, first served.
+fills what is left of the token budget with prompt chunks.
+
+Pages and prompt chunks go by rank, the smallest first, and in order of arrival where ranks are equal. Nobody overtakes
+for being small: whoever is first in the queue gets the next pages, however long it takes until there are enough.
 """
 
-from collections import deque
+import itertools
+from bisect import insort
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from perigee.kvstore.blocks import num_blocks
 from perigee.workers.engine.pages import PagePool, PageTable, pages_needed
@@ -18,13 +23,37 @@ class BatchLimits:
     """What one step may hold. A chunk of a prompt counts as many tokens as it has, a decoding sequence one.
 
     With `prompts_just_in_time` a prompt is admitted only when those before it fill no whole step any more: so it looks
-    into the cache as late as it can, when what others compute meanwhile is there.
+    into the cache as late as it can, when what others compute meanwhile is there. One whose rank puts it before those
+    that were admitted does not wait for them.
+
+    Prompts share a step only while they have `shared_prompt_tokens` together. Some hundred tokens keep a machine as
+    busy as thousands do, so beyond that nothing is gained, and who goes first would wait for those that came after.
     """
 
     max_batched_tokens: int
     max_sequences: int
     max_context: int
     prompts_just_in_time: bool = False
+    shared_prompt_tokens: int = 512
+
+
+class Turn(NamedTuple):
+    """When it is a sequence's turn: by the rank that it came with, then by its number in order of arrival."""
+
+    rank: float
+    arrival: int
+
+
+FIRST = Turn(0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A sequence that waits for pages."""
+
+    turn: Turn
+    sequence: Sequence
+    one_token: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +68,7 @@ class Active:
     is_ready: bool = False
     finish_reason: FinishReason = FinishReason.NOT_FINISHED
     cached: int = 0  # tokens that were loaded, not computed
+    turn: Turn = FIRST
 
     @property
     def ref(self) -> Ref:
@@ -48,6 +78,11 @@ class Active:
     def is_decoding(self) -> bool:
         """Whether all but its last token are in the pages, so that each step brings it one further."""
         return len(self.token_ids) - self.computed == 1
+
+    @property
+    def prompt_tokens_left(self) -> int:
+        """Tokens to compute before it decodes."""
+        return 0 if self.is_decoding else len(self.token_ids) - self.computed
 
     @property
     def num_outputs(self) -> int:
@@ -100,8 +135,9 @@ class Batcher:
         self.pool = pool
         self.limits = limits
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[tuple[Sequence, bool]] = deque()
+        self.waiting: list[Queued] = []  # by turn
         self.active: dict[Ref, Active] = {}
+        self._arrivals = itertools.count()
 
     def pages_needed(self, sequence: Sequence, one_token: bool) -> int:
         """Pages for all tokens that `sequence` can come to here."""
@@ -120,20 +156,24 @@ class Batcher:
             return f"token_ids: needs {needed} pages for prompt and max_tokens, the pool has {self.pool.num_pages}"
         return None
 
-    def add(self, sequence: Sequence, *, one_token: bool) -> None:
-        """Queues a sequence for pages. The caller has asked `refusal` before."""
-        self.waiting.append((sequence, one_token))
+    def add(self, sequence: Sequence, *, one_token: bool, rank: float = 0.0) -> None:
+        """Queues a sequence for pages, before those of a larger rank. The caller has asked `refusal` before."""
+        queued = Queued(Turn(rank, next(self._arrivals)), sequence, one_token)
+        insort(self.waiting, queued, key=_turn)
 
     def admit(self) -> list[Active]:
         """Gives pages to those at the head of the queue, as far as pages and places go."""
         admitted: list[Active] = []
-        while self.waiting and len(self.active) < self.limits.max_sequences and not self._has_prompts_enough:
-            sequence, one_token = self.waiting[0]
-            pages = self.pool.allocate(self.pages_needed(sequence, one_token))
+        while self.waiting and len(self.active) < self.limits.max_sequences:
+            queued = self.waiting[0]
+            if self._has_prompts_enough(queued.turn):
+                break
+            sequence = queued.sequence
+            pages = self.pool.allocate(self.pages_needed(sequence, queued.one_token))
             if pages is None:
                 break
-            self.waiting.popleft()
-            active = Active(sequence, pages, one_token, list(sequence.token_ids))
+            del self.waiting[0]
+            active = Active(sequence, pages, queued.one_token, list(sequence.token_ids), turn=queued.turn)
             self.active[sequence.ref] = active
             admitted.append(active)
         return admitted
@@ -153,7 +193,7 @@ class Batcher:
         if active := self.active.pop(ref, None):
             self.pool.free(active.pages)
         else:
-            self.waiting = deque(entry for entry in self.waiting if entry[0].ref != ref)
+            self.waiting = [queued for queued in self.waiting if queued.sequence.ref != ref]
 
     @property
     def has_work(self) -> bool:
@@ -161,16 +201,19 @@ class Batcher:
         return any(a.is_ready and a.finish_reason is FinishReason.NOT_FINISHED for a in self.active.values())
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step: decoding sequences first, then prompts in the order in which they came."""
+        """The chunks of the next step: decoding sequences first, then prompts by turn, as many as may share it."""
         ready = [a for a in self.active.values() if a.is_ready and a.finish_reason is FinishReason.NOT_FINISHED]
         chunks: list[Chunk] = []
-        budget = self.limits.max_batched_tokens
-        for active in sorted(ready, key=_prompts_last):
+        budget, prompt_tokens = self.limits.max_batched_tokens, 0
+        for active in sorted(ready, key=_prompts_last_by_turn):
             remaining = len(active.token_ids) - active.computed
             length = min(remaining, budget)
+            if prompt_tokens and prompt_tokens + length > self.limits.shared_prompt_tokens:
+                break
             if length > 0:
                 chunks.append(Chunk(active, active.computed, length, samples=length == remaining))
                 budget -= length
+                prompt_tokens += 0 if active.is_decoding else length
         return chunks
 
     def apply(self, chunks: list[Chunk], tokens: list[Token]) -> list[Output]:
@@ -188,22 +231,31 @@ class Batcher:
                 outputs.append(Output(active, active.num_outputs - 1, token))
         return outputs
 
+    def advance(self, chunks: list[Chunk], steps: int, token: int) -> list[Chunk]:
+        """Takes in `steps` steps at once, `chunks` being the first one's: all of decoding sequences, each of which
+        samples `token` every time, and none of which ends by that. Returns the chunks of the step that comes next.
+        """
+        for chunk in chunks:
+            chunk.active.computed += steps
+            chunk.active.token_ids += [token] * steps
+        return [Chunk(chunk.active, chunk.start + steps, 1, samples=True) for chunk in chunks]
+
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens still to be computed, as far as known: what waits may yet be found in the cache."""
-        return sum(len(sequence.token_ids) for sequence, _ in self.waiting) + self._admitted_prefill_tokens
-
-    @property
-    def _admitted_prefill_tokens(self) -> int:
-        return sum(len(a.token_ids) - a.computed for a in self.active.values() if not a.is_decoding)
-
-    @property
-    def _has_prompts_enough(self) -> bool:
-        return self.limits.prompts_just_in_time and self._admitted_prefill_tokens >= self.limits.max_batched_tokens
+        waiting = sum(len(queued.sequence.token_ids) for queued in self.waiting)
+        return waiting + sum(active.prompt_tokens_left for active in self.active.values())
 
     @property
     def context_tokens(self) -> int:
         return sum(active.computed for active in self.active.values())
+
+    def _has_prompts_enough(self, turn: Turn) -> bool:
+        """Whether the prompts that were admitted and go before `turn` fill a step."""
+        if not self.limits.prompts_just_in_time:
+            return False
+        before = sum(active.prompt_tokens_left for active in self.active.values() if active.turn < turn)
+        return before >= self.limits.max_batched_tokens
 
     def _finish_reason(self, active: Active, token: int) -> FinishReason:
         sampling = active.sequence.sampling
@@ -215,5 +267,9 @@ class Batcher:
         return FinishReason.NOT_FINISHED
 
 
-def _prompts_last(active: Active) -> bool:
-    return not active.is_decoding
+def _turn(queued: Queued) -> Turn:
+    return queued.turn
+
+
+def _prompts_last_by_turn(active: Active) -> tuple[bool, Turn]:
+    return not active.is_decoding, active.turn

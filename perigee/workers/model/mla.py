@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perigee.workers.attention.base import LayerCache, StepBatch
-from perigee.workers.attention.latent import LatentAttention, UpProjection
+from perigee.workers.attention.latent import LatentBackend, UpProjection
 from perigee.workers.kernels.base import Kernels, Rope
 from perigee.workers.model.layers import Place, Projection
 from perigee.workers.model.moonlight_config import MoonlightConfig
@@ -18,7 +18,7 @@ LATENT_NORM_EPS = 1e-6
 class MultiHeadLatentAttention(nn.Module):
     """Projects, normalises the latent, rotates, writes latent and rotated key to the pool, attends."""
 
-    def __init__(self, config: MoonlightConfig, backend: LatentAttention, kernels: Kernels) -> None:
+    def __init__(self, config: MoonlightConfig, backend: LatentBackend, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
