@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from perigee.bench.cache_walk import Foresight, Walk, prompts_of, walk
 from perigee.bench.errors import BenchError
+from perigee.bench.foresight import Foresight
 from perigee.kvstore.evict import PolicyName, make_policy
+from perigee.replay.cache_walk import Walk, prompts_of, walk
 from perigee.replay.trace import read_trace
 
 

@@ -8,7 +8,7 @@ import aiohttp
 from pydantic import BaseModel
 
 from perigee.replay.errors import EndpointError
-from perigee.replay.metrics import Outcome, RequestRecord, tail_tbt_s
+from perigee.replay.metrics import Outcome, RequestRecord, mean_tbt_s, tail_tbt_s
 from perigee.replay.stream import CompletionStream, StreamError
 
 TOO_MANY_REQUESTS = 429
@@ -28,6 +28,16 @@ class Model(BaseModel, frozen=True):
 
 class ModelList(BaseModel, frozen=True):
     data: list[Model]
+
+
+class RefusalDetails(BaseModel, frozen=True):
+    code: str | None = None
+
+
+class Refusal(BaseModel, frozen=True):
+    """The body of an answer that is no completion."""
+
+    error: RefusalDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,8 @@ class CompletionClient:
     async def _exchange(self, body: bytes, started: RequestRecord, clock: Clock) -> RequestRecord:
         async with self._session.post(self._completions_url, data=body, headers=_JSON) as response:
             if response.status == TOO_MANY_REQUESTS:
-                await response.read()  # to the end, so that the connection can be used again
-                return replace(started, outcome=Outcome.REJECTED)
+                body = await response.read()  # to the end, so that the connection can be used again
+                return replace(started, outcome=Outcome.REJECTED, rejection=_code(body))
             if not response.ok:
                 return _failed(started, f"http_{response.status}", await response.text(errors="replace"))
             return await _measured(started, response.content, clock)
@@ -105,8 +115,8 @@ async def _measured(started: RequestRecord, content: aiohttp.StreamReader, clock
     stream = CompletionStream()
     async for received in content.iter_any():
         stream.feed(received, clock())
-    usage = stream.finish()
-    times_s = stream.token_times_s
+    usage, times_s = stream.finish(), stream.token_times_s
+    predicted = usage.perigee_predicted
     return replace(
         started,
         outcome=Outcome.COMPLETED,
@@ -115,7 +125,18 @@ async def _measured(started: RequestRecord, content: aiohttp.StreamReader, clock
         output_tokens=usage.completion_tokens,
         ttft_s=times_s[0] - started.sent_s if times_s else None,
         tbt_s=tail_tbt_s(times_s, usage.completion_tokens),
+        mean_tbt_s=mean_tbt_s(times_s, usage.completion_tokens),
+        predicted_ttft_s=predicted.ttft_s if predicted else None,
+        predicted_tbt_s=predicted.tbt_s if predicted else None,
     )
+
+
+def _code(body: bytes) -> str:
+    """What an error in OpenAI's form is called; nothing for any other."""
+    try:
+        return Refusal.model_validate_json(body).error.code or ""
+    except ValueError:
+        return ""
 
 
 def _failed(started: RequestRecord, failure: str, detail: str) -> RequestRecord:

@@ -34,3 +34,4 @@ class ReplayConfig(BaseModel, frozen=True, extra="forbid"):
     json_file: str | None = Field(
         default=None, description="write the report as JSON to this file; - is standard output"
     )
+    html: Path | None = Field(default=None, description="write the report as a page with plots to this file")

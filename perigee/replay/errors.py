@@ -11,3 +11,7 @@ class TraceError(ReplayError):
 
 class EndpointError(ReplayError):
     """The endpoint cannot be reached, or does not serve what was asked for."""
+
+
+class ClusterError(ReplayError):
+    """The simulated cluster cannot be like that. The message names file, field, value, and what is allowed."""

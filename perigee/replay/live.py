@@ -13,7 +13,8 @@ from perigee.replay.client import Clock, CompletionClient, Model, Params
 from perigee.replay.config import ReplayConfig
 from perigee.replay.metrics import RequestRecord, Slo, summarize
 from perigee.replay.prompts import CONSERVATIVE_VOCAB_SIZE, Prompts, ordinary_tokens
-from perigee.replay.report import ReplayProgress, check_json_file, write_report
+from perigee.replay.report import ReplayProgress, Run, check_html_file, check_json_file, write_run
+from perigee.replay.series import samples_of
 from perigee.replay.trace import TraceRequest, read_trace, scale, speed_up
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ async def run(config: ReplayConfig) -> int:
     Raises ReplayError if the trace cannot be used or the endpoint does not answer.
     """
     check_json_file(config.json_file)
+    check_html_file(config.html)
     trace = load_trace(config)
     async with _session(config.timeout_s) as session:
         client = CompletionClient(session, config.url)
@@ -77,10 +79,18 @@ async def _replay(
 
             await send_all(trace, prompts, client, params, on_record)
     finally:
-        report = summarize(records, Slo(config.slo_ttft_s, config.slo_tbt_s), unfinished=len(trace) - len(records))
-        write_report(report, config.json_file)
+        slo = Slo(config.slo_ttft_s, config.slo_tbt_s)
+        report = summarize(records, slo, unfinished=len(trace) - len(records))
+        replayed = Run(
+            f"Replay of {config.trace.name}", _about(config, params), report, records, samples_of(records, slo)
+        )
+        write_run(replayed, config.json_file, config.html)
         logger.info("replay ended requests=%d unfinished=%d", report.requests, report.unfinished)
     return 1 if report.failed else 0
+
+
+def _about(config: ReplayConfig, params: Params) -> dict[str, str]:
+    return {"trace": str(config.trace), "endpoint": config.url, "model": params.model, "speed": f"{config.speed:g}"}
 
 
 def _vocab_size(config: ReplayConfig, model: Model) -> int:

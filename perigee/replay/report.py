@@ -1,8 +1,10 @@
-"""How a replay shows itself: a progress bar while it runs, then a table, and JSON for machines."""
+"""How a run shows itself: a progress bar while it runs, then tables, a page with plots, and JSON for machines."""
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from perigee.replay.errors import ReplayError
-from perigee.replay.metrics import Distribution, Outcome, Report, Slo
+from perigee.replay.metrics import Distribution, Outcome, Report, RequestRecord, Slo
+from perigee.replay.page import run_page
+from perigee.replay.series import Sample, columns, ranges
 
 STDOUT = "-"
 
@@ -20,11 +24,11 @@ STDOUT = "-"
 class ReplayProgress:
     """A progress bar on standard error, if that is a terminal; a context manager."""
 
-    def __init__(self, num_requests: int) -> None:
+    def __init__(self, num_requests: int, what: str = "replay") -> None:
         console = Console(stderr=True)
         self._outcomes: Counter[Outcome] = Counter()
         self._bar = Progress(
-            TextColumn("replay"),
+            TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[outcomes]}"),
@@ -33,7 +37,7 @@ class ReplayProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("replay", total=num_requests, outcomes="")
+        self._task = self._bar.add_task(what, total=num_requests, outcomes="")
 
     def advance(self, outcome: Outcome) -> None:
         """One more request has ended."""
@@ -50,39 +54,97 @@ class ReplayProgress:
         self._bar.stop()
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a report is made of. `about` says what was run; `records` are of `report`, in any order."""
+
+    title: str
+    about: Mapping[str, str]
+    report: Report
+    records: Sequence[RequestRecord]
+    samples: Sequence[Sample]
+
+    def as_json(self) -> str:
+        """The report's fields, and besides them the series by their names."""
+        fields = {**asdict(self.report), "about": dict(self.about), "series": columns(self.samples)}
+        return json.dumps(fields, indent=2, allow_nan=False)
+
+
 def check_json_file(json_file: str | None) -> None:
-    """Raises ReplayError if the report could not be written there: better known before the replay than after it."""
-    if json_file in (None, STDOUT):
-        return
+    """Raises ReplayError if the report could not be written there: better known before the run than after it."""
+    if json_file not in (None, STDOUT):
+        _check_writable("json", str(json_file))
+
+
+def check_html_file(html: Path | None) -> None:
+    """The same of the page."""
+    if html is not None:
+        _check_writable("html", str(html))
+
+
+def _check_writable(field: str, file: str) -> None:
     try:
-        with Path(str(json_file)).open("a", encoding="utf-8"):
+        with Path(file).open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise ReplayError(f"json: cannot write to {json_file!r}: {error.strerror}") from error
+        raise ReplayError(f"{field}: cannot write to {file!r}: {error.strerror}") from error
 
 
-def write_report(report: Report, json_file: str | None) -> None:
-    """The table goes to standard output and JSON to `json_file`; where that is `-`, the table makes way for it."""
+def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
+    """Tables go to standard output, the page to `html`, and JSON to `json_file`; where that is `-`, the tables make way
+    for it.
+    """
+    report = run.report
     console = Console(stderr=json_file == STDOUT)
-    console.print(as_text(report))
+    console.print(as_text(report, run.samples))
     for kind, failure in report.failures.items():
         console.print(f"{failure.count} × {kind}, the first: {failure.example}", markup=False, highlight=False)
+    if html is not None:
+        html.write_text(run_page(run.title, report, run.records, run.samples, run.about), encoding="utf-8")
     if json_file == STDOUT:
-        sys.stdout.write(report.as_json() + "\n")
+        sys.stdout.write(run.as_json() + "\n")
         sys.stdout.flush()
     elif json_file is not None:
-        Path(json_file).write_text(report.as_json() + "\n", encoding="utf-8")
+        Path(json_file).write_text(run.as_json() + "\n", encoding="utf-8")
 
 
-def as_text(report: Report) -> Group:
-    """All that is in `report` but the examples of failures, for people: a table of latencies and one of the rest."""
-    latencies = Table("", *(Column(name, justify="right") for name in ("mean", "p50", "p90", "p99")))
+def as_text(report: Report, samples: Sequence[Sample] = ()) -> Group:
+    """All that is in `report` but the examples of failures, for people, and what the samples come to."""
+    latencies = Table("", *_right("mean", "p50", "p90", "p99"))
     for name, seconds in (("TTFT", report.ttft_s), ("TBT", report.tbt_s), ("sent late", report.late_s)):
         latencies.add_row(name, *_milliseconds(seconds))
     figures = Table(show_header=False)
     for row in _figures(report):
         figures.add_row(*row)
-    return Group(latencies, figures)
+    return Group(latencies, figures, *_more(report, samples))
+
+
+def _more(report: Report, samples: Sequence[Sample]) -> Iterator[Table]:
+    if report.rejections:
+        rejections = Table("rejected", *_right("requests"))
+        for reason, count in report.rejections.items():
+            rejections.add_row(reason, f"{count}")
+        yield rejections
+    if len(report.priorities) > 1:
+        yield _priorities(report)
+    if samples:
+        series = Table("over time", *_right("mean", "p5", "p95", "peak"))
+        for name, each in ranges(samples).items():
+            values = (each.mean, each.low, each.high, each.peak)
+            series.add_row(name.replace("_", " "), *(f"{value:,.3g}" for value in values))
+        yield series
+
+
+def _priorities(report: Report) -> Table:
+    table = Table("priority", *_right("requests", "completed", "goodput", "TTFT p90"))
+    for priority, each in report.priorities.items():
+        p90 = _milliseconds(each.ttft_s)[2]
+        table.add_row(f"{priority}", f"{each.requests}", f"{each.completed}", f"{each.goodput_ratio:.1%}", p90)
+    return table
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str]]:
@@ -95,6 +157,12 @@ def _figures(report: Report) -> Iterator[tuple[str, str]]:
     yield "output tokens/s", f"{report.output_tokens_per_s:.1f}"
     yield "goodput", f"{report.goodput_ratio:.1%} {_bounds(report.slo)}".rstrip()
     yield "cached tokens", f"{report.cached_token_ratio:.1%}"
+    if tiers := report.cached_by_tier:
+        for name, tokens in (("in memory", tiers.dram), ("on SSD", tiers.ssd), ("on another node", tiers.remote)):
+            yield f"  {name}", f"{tokens / max(1, report.prompt_tokens):.1%}"
+    for name, error in (("TTFT", report.ttft_error), ("TBT", report.tbt_error)):
+        if error.p50 is not None and error.p90 is not None:
+            yield f"{name} predicted", f"to {error.p50:.1%}, 90% of them to {error.p90:.1%}"
     yield "duration", f"{report.duration_s:.1f} s"
 
 

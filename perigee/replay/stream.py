@@ -20,12 +20,23 @@ class PromptTokensDetails(BaseModel, frozen=True):
     cached_tokens: int | None = None
 
 
+class Predicted(BaseModel, frozen=True):
+    """What the endpoint expected."""
+
+    ttft_s: float = Field(ge=0, allow_inf_nan=False)
+    tbt_s: float = Field(ge=0, allow_inf_nan=False)
+
+
 class Usage(BaseModel, frozen=True):
-    """The token counts that end a stream. They alone say how many tokens came: a chunk may hold several."""
+    """The token counts that end a stream. They alone say how many tokens came: a chunk may hold several.
+
+    `perigee_predicted` is an extension: None where the endpoint does not tell.
+    """
 
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
     prompt_tokens_details: PromptTokensDetails | None = None
+    perigee_predicted: Predicted | None = None
 
     @property
     def cached_tokens(self) -> int:

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perigee.bench.cache_walk import Foresight, Prompt, prompts_of, walk
 from perigee.bench.errors import BenchError
 from perigee.bench.eviction import EvictionBenchConfig, run
+from perigee.bench.foresight import Foresight
 from perigee.kvstore.evict import LRU, HitDensity, PolicyName, make_policy
+from perigee.replay.cache_walk import Prompt, prompts_of, walk
+from perigee.replay.errors import TraceError
 from perigee.replay.trace import TraceRequest, read_trace
 from tests.kvstore.keys import key
 
@@ -59,7 +61,7 @@ def test_blocks_may_be_smaller_than_those_of_the_trace_but_must_divide_them() ->
     assert (len(first), len(second)) == (3, 3)
     assert first[:2] == second[:2]
     assert first[2] != second[2]
-    with pytest.raises(BenchError, match="--block-tokens: 100 given, allowed are divisors of 512"):
+    with pytest.raises(TraceError, match="block_tokens: 100 given, allowed are divisors of 512"):
         prompts_of(trace, 100)
 
 

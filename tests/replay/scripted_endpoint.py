@@ -21,12 +21,16 @@ class Answer:
     async def token(self, text: str = "x") -> None:
         await self.send({"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None})
 
-    async def usage(self, cached_tokens: int = 0, completion_tokens: int | None = None) -> None:
-        usage = {
+    async def usage(
+        self, cached_tokens: int = 0, completion_tokens: int | None = None, predicted: dict[str, float] | None = None
+    ) -> None:
+        usage: dict[str, object] = {
             "prompt_tokens": len(self.body["prompt"]),
             "completion_tokens": self.body["max_tokens"] if completion_tokens is None else completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+        if predicted is not None:
+            usage["perigee_predicted"] = predicted
         await self.send({"choices": [], "usage": usage})
 
     async def done(self) -> None:

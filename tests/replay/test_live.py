@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,15 @@ async def test_tokens_count_when_they_arrive(endpoint: ScriptedEndpoint) -> None
     async def slow(answer: Answer) -> None:
         for time_s in (103.0, 104.0, 109.0):
             await token_at(answer, time_s)
-        await answer.usage(cached_tokens=7, completion_tokens=4)
+        await answer.usage(cached_tokens=7, completion_tokens=4, predicted={"ttft_s": 4.5, "tbt_s": 1.0})
         await answer.done()
 
     endpoint.script = slow
     async with aiohttp.ClientSession() as session:
         client = CompletionClient(session, endpoint.url)
         record = await client.complete(PARAMS.body([1] * 8, 4), 99.0, clock)
-    assert record == RequestRecord(Outcome.COMPLETED, 99.0, 100.0, 109.0, 8, 7, 4, ttft_s=3.0, tbt_s=5.0)
+    expected = RequestRecord(Outcome.COMPLETED, 99.0, 100.0, 109.0, 8, 7, 4, ttft_s=3.0, tbt_s=5.0, mean_tbt_s=2.0)
+    assert record == replace(expected, predicted_ttft_s=4.5, predicted_tbt_s=1.0)
 
 
 async def reject(answer: Answer) -> int:

@@ -1,6 +1,7 @@
 """The report says what the records say."""
 
 import json
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perigee.replay.metrics import Distribution, Outcome, RequestRecord, Slo, distribution, summarize, tail_tbt_s
+from perigee.replay.metrics import (
+    Distribution,
+    Outcome,
+    RequestRecord,
+    Slo,
+    distribution,
+    mean_tbt_s,
+    summarize,
+    tail_tbt_s,
+)
 
 seconds = st.floats(0, 100, allow_nan=False)
 
@@ -51,6 +61,26 @@ def test_tokens_that_came_together_have_no_gap_between_them() -> None:
 @pytest.mark.parametrize(("times", "num_tokens"), [([], 0), ([1.0], 1), ([1.0, 1.1], 1)])
 def test_fewer_than_two_tokens_have_no_tbt(times: list[float], num_tokens: int) -> None:
     assert tail_tbt_s(times, num_tokens) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "num_tokens", "mean_s"), [([], 0, None), ([1.0], 1, None), ([1.0, 2.0, 4.0], 4, 1.0), ([1.0], 3, 0.0)]
+)
+def test_the_mean_of_gaps_does_not_depend_on_which_tokens_came_together(
+    times: list[float], num_tokens: int, mean_s: float | None
+) -> None:
+    assert mean_tbt_s(times, num_tokens) == mean_s
+
+
+def test_errors_of_predictions_are_relative_to_what_came() -> None:
+    record = replace(completed(ttft_s=2.0), mean_tbt_s=0.1, predicted_ttft_s=1.0, predicted_tbt_s=0.11)
+    report = summarize([record, replace(record, predicted_ttft_s=2.0), completed(), ended(Outcome.REJECTED)], Slo())
+    assert (report.ttft_error.p50, report.ttft_error.mean) == (0.25, 0.25)
+    assert report.tbt_error.p90 == pytest.approx(0.1)
+
+
+def test_an_endpoint_that_predicts_nothing_has_no_errors() -> None:
+    assert summarize([completed()], Slo()).ttft_error == Distribution(None, None, None, None)
 
 
 def test_counts_and_rates() -> None:

@@ -34,6 +34,13 @@ def test_the_table_shows_every_figure() -> None:
         assert figures in lines
 
 
+def test_the_table_shows_how_good_predictions_were_where_there_were_any() -> None:
+    record = RequestRecord(Outcome.COMPLETED, 0.0, 0.0, 2.0, 100, 0, 10, ttft_s=0.25, predicted_ttft_s=0.3)
+    lines = shown(summarize([record], Slo()))
+    assert ["TTFT", "predicted", *["to", "20.0%,", "90%", "of", "them", "to", "20.0%"]] in lines
+    assert not any(line[:2] == ["TBT", "predicted"] for line in lines)
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     assert ["TTFT", "–", "–", "–", "–"] in shown(summarize([], Slo()))
 

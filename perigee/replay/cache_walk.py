@@ -1,22 +1,15 @@
 """A store node's index under the prompts of a trace, one after another, without the payloads."""
 
-import hashlib
-from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from perigee.bench.errors import BenchError
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.evict import EvictionPolicy
-from perigee.kvstore.evict.ranked import RankedBlocks
 from perigee.kvstore.index import BlockIndex, GroupId
 from perigee.kvstore.messages import CommittedBlock
+from perigee.replay.keys import ROOT, PromptKeys
 from perigee.replay.trace import TraceRequest
-
-ROOT = BlockKey(bytes(32))
-_NEVER = 1 << 62
-
 
 Prompt = tuple[BlockKey, ...]
 """The keys of its blocks, the first at the root."""
@@ -40,18 +33,9 @@ class Walk:
 
 
 def prompts_of(trace: Sequence[TraceRequest], block_tokens: int) -> list[Prompt]:
-    """The prompts in blocks of `block_tokens`. Raises BenchError unless those divide the blocks of the trace."""
-    return [_keys(request, block_tokens) for request in trace]
-
-
-def _keys(request: TraceRequest, block_tokens: int) -> Prompt:
-    """Equal ids of the trace are equal prefixes, so that an id and a place in its block name a block."""
-    per_id, rest = divmod(request.block_tokens, block_tokens)
-    if rest:
-        raise BenchError(f"--block-tokens: {block_tokens} given, allowed are divisors of {request.block_tokens}")
-    num_blocks = -(-request.input_tokens // block_tokens)
-    names = (f"{request.prefix_ids[index // per_id]}/{index % per_id}" for index in range(num_blocks))
-    return tuple(BlockKey(hashlib.sha256(name.encode()).digest()) for name in names)
+    """The prompts in blocks of `block_tokens`. Raises TraceError unless those divide the blocks of the trace."""
+    keys = PromptKeys(block_tokens)
+    return [keys.of(request) for request in trace]
 
 
 def walk(prompts: Sequence[Prompt], num_slots: int, policy: EvictionPolicy) -> Walk:
@@ -75,31 +59,3 @@ def _serve(index: BlockIndex, group: GroupId, keys: Sequence[BlockKey], now: flo
     index.release(group)
     index.take_events()
     return len(acquired.leased)
-
-
-class Foresight:
-    """Belady's MIN under the store's rules: the block that is used again last goes first.
-
-    It knows the trace, and is bound like any other policy: every block of a prompt is brought in, none leaves while
-    its prompt is being served, and children go before their parents, which are never used again after them.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], num_slots: int) -> None:
-        self._coming: defaultdict[BlockKey, deque[int]] = defaultdict(deque)
-        for number, prompt in enumerate(prompts):
-            for key in prompt[:num_slots]:
-                self._coming[key].append(number)
-        self._allowed = RankedBlocks()
-
-    def use(self, key: BlockKey, now: float, parent: BlockKey) -> None:
-        self._coming[key].popleft()
-
-    def allow(self, key: BlockKey, partial: bool) -> None:
-        coming = self._coming[key]
-        self._allowed.add(key, (-coming[0] if coming else -_NEVER,))
-
-    def forbid(self, key: BlockKey) -> None:
-        self._allowed.discard(key)
-
-    def pop(self) -> BlockKey | None:
-        return self._allowed.pop()

@@ -1,0 +1,1 @@
+"""The Mooncake paper's experiments in virtual time, ours beside the published figures."""

@@ -1,0 +1,56 @@
+"""`perigee simulate`, as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "clusters" / "llama3-70b-a800.yaml"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.jsonl"
+    rows = [
+        {
+            "timestamp": 200 * index,
+            "input_length": 3000,
+            "output_length": 20,
+            "hash_ids": [0, 1, *range(9 * index, 9 * index + 4)],
+        }
+        for index in range(20)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def simulated(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "perigee", "simulate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_same_command_writes_the_same_bytes(trace: Path, tmp_path: Path) -> None:
+    arguments = [str(trace), "--cluster", str(EXAMPLE), "--placement", "random", "--html", str(tmp_path / "run.html")]
+    first, second = (simulated(*arguments, "--json", "-") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    report = json.loads(first.stdout)
+    assert (report["requests"], report["completed"], report["about"]["placement"]) == (20, 20, "random")
+    assert report["cached_by_tier"]["dram"] > 0
+    assert len(report["series"]["decode_load"]) == len(report["series"]["at_s"]) > 1
+    assert first.stdout == second.stdout
+    assert "<svg" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "cached tokens" in first.stderr  # the tables make way for JSON
+
+
+def test_what_cannot_be_used_is_named(trace: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "cluster.yaml"
+    wrong.write_text(EXAMPLE.read_text(encoding="utf-8").replace("count: 8", "count: none"), encoding="utf-8")
+    for arguments, complaint in (
+        (["--cluster", str(wrong)], "nodes.0.count: 'none'"),
+        (["--cluster", str(EXAMPLE), "--placement", "best"], "placement: is 'best', allowed are"),
+        (["--cluster", str(EXAMPLE), "--html", str(tmp_path / "no" / "run.html")], "html: cannot write to"),
+    ):
+        ended = simulated(str(trace), *arguments)
+        assert ended.returncode == 1 and complaint in ended.stderr

@@ -1,0 +1,100 @@
+"""Whole simulations: the same every time, and nothing lost or left behind."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from perigee.kvstore.blocks import num_blocks
+from perigee.replay.metrics import Outcome, Slo, summarize
+from perigee.replay.report import Run
+from perigee.replay.simulator.cluster import Cluster
+from perigee.replay.simulator.simulation import Simulated, Simulation, simulate
+from perigee.replay.trace import TraceRequest
+from tests.replay.simulator.clusters import BLOCK, DECODE, MIXED, PREFILL, cluster, request
+
+
+def busy_trace(num_requests: int = 300) -> list[TraceRequest]:
+    """Conversations of three turns in turn, some long; more than one node can do."""
+    trace = []
+    for index in range(num_requests):
+        conversation, turn = index // 3 % 20, index % 3
+        tokens = 40 + (index * 37) % 200 + 150 * turn + (1500 if index % 41 == 0 else 0)
+        trace.append(request(0.04 * index, tokens, 1 + (index * 13) % 60, first_id=1000 * conversation))
+    return trace
+
+
+TIGHT = {"capacity_tokens": 2048, "kv_tokens": 2560}
+KINDS = {
+    "apart": [{**PREFILL, "count": 2, **TIGHT}, {**DECODE, "count": 2, **TIGHT}],
+    "mixed": [{**MIXED, "count": 3, **TIGHT}],
+    "pipelined": [{**PREFILL, "pipeline_stages": 3, **TIGHT}, {**DECODE, **TIGHT}],
+    "with ssd": [{**PREFILL, "count": 2, **TIGHT, "ssd_gib": 0.002}, {**DECODE, **TIGHT, "ssd_gib": 0.002}],
+    "one node": [{**PREFILL, "roles": ["prefill", "decode"], **TIGHT}],
+}
+
+
+def made(kind: str, folder: Path, admission: str) -> Cluster:
+    return cluster(folder, *KINDS[kind], admission=admission, kv_bytes_per_token=64, save_outputs=True)
+
+
+@pytest.mark.parametrize("admission", ["none", "perigee"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_request_ends_once_and_leaves_nothing_behind(kind: str, admission: str, tmp_path: Path) -> None:
+    trace = busy_trace()
+    simulation = Simulation(made(kind, tmp_path, admission))
+    simulated = simulation.run(trace)
+    assert len(simulated.records) == len(trace)
+    assert {record.outcome for record in simulated.records} <= {Outcome.COMPLETED, Outcome.REJECTED}
+    assert not simulation.front.flights and not simulation.control.conductor.view.requests
+    for worker in simulation.control.workers.values():
+        batcher = worker.engine.batcher
+        assert (worker.num_attempts, len(batcher.active), len(batcher.waiting)) == (0, 0, 0)
+        assert batcher.pool.num_free == batcher.pool.num_pages
+    for node in simulation.control.nodes.values():
+        assert (node.store.index.num_leased, node.store.index.num_reserved) == (0, 0)
+        assert node.store.moves.is_idle
+
+
+def as_bytes(simulated: Simulated) -> bytes:
+    report = summarize(simulated.records, Slo(1.0, 0.1))
+    run = Run("", {}, report, simulated.records, simulated.samples).as_json()
+    return json.dumps([run, [asdict(record) for record in simulated.records]]).encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_cluster_and_trace_give_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    made_of = made(kind, tmp_path, "perigee")
+    assert as_bytes(simulate(busy_trace(), made_of)) == as_bytes(simulate(busy_trace(), made_of))
+
+
+def test_all_that_was_not_cached_is_computed_once(tmp_path: Path) -> None:
+    simulation = Simulation(made("apart", tmp_path, "none"))
+    simulated = simulation.run(busy_trace())
+    computed = sum(worker.computed_prompt_tokens for worker in simulation.control.workers.values())
+    assert computed == sum(record.prompt_tokens - record.cached_tokens for record in simulated.records)
+
+
+def test_the_conductor_knows_which_blocks_are_where(tmp_path: Path) -> None:
+    simulation = Simulation(made("apart", tmp_path, "none"))
+    simulation.run(busy_trace(60))
+    view = simulation.control.conductor.view
+    for name, node in simulation.control.nodes.items():
+        keys = list(node.store.index.committed_keys())
+        assert keys and all(view.prefixes.match([key]).get(name) for key in keys)
+
+
+def test_samples_are_taken_every_second_until_the_end(tmp_path: Path) -> None:
+    simulated = simulate(busy_trace(), made("apart", tmp_path, "none"))
+    end_s = max(record.ended_s for record in simulated.records)
+    assert [sample.at_s for sample in simulated.samples] == [float(second) for second in range(int(end_s) + 1)]
+    assert max(sample.in_flight for sample in simulated.samples) > 5
+    assert max(sample.decode_load or 0 for sample in simulated.samples) > 0
+
+
+def test_prompts_are_cut_into_the_clusters_blocks(tmp_path: Path) -> None:
+    simulation = Simulation(made("apart", tmp_path, "none"))
+    simulation.run([request(0.0, 100, 1)])
+    stored = sum(node.store.index.stored_total for node in simulation.control.nodes.values())
+    assert stored == num_blocks(100, BLOCK)
