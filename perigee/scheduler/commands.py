@@ -98,6 +98,18 @@ class Trim:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """From now on this Conductor gives the worker no more work; or, if not `draining`, some again. There is nothing to
+    be done about it but to know.
+    """
+
+    worker_id: WorkerId
+    incarnation: str
+    draining: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetRole:
     """The worker, on which no request is, changes pools. Its next report says whether it did."""
 
@@ -106,5 +118,5 @@ class SetRole:
     role: str
 
 
-Command = Dispatch | Proceed | Reject | Resync | Exclude | Replicate | Trim | SetRole
+Command = Dispatch | Proceed | Reject | Resync | Exclude | Replicate | Trim | Drain | SetRole
 ServerCommand = Dispatch | Proceed | Reject

@@ -20,12 +20,13 @@ from perigee.scheduler.events import (
     WorkerJoined,
     WorkerLost,
 )
-from perigee.scheduler.fairness import Ranks
 from perigee.scheduler.ids import RequestKey, WorkerId
 from perigee.scheduler.limits import able
 from perigee.scheduler.plan import Plan
 from perigee.scheduler.policies import Policies, make_policies
 from perigee.scheduler.pools import Pools
+from perigee.scheduler.receipts import DEFAULT_LIMIT, Receipts
+from perigee.scheduler.shadow import Shadow
 from perigee.scheduler.view import ClusterView, FailedAttempt, InFlight, Phase
 from perigee.scheduler.worker_view import WorkerView
 from perigee.workers.messages import WorkerReport
@@ -33,16 +34,28 @@ from perigee.workers.messages import WorkerReport
 
 class Conductor:
     """Deterministic: the same events at the same times give the same commands. It reads no clock; `now` is in seconds
-    of any clock that does not go back.
+    of any clock that does not go back. A `shadow` is asked about each request as well, and changes nothing.
     """
 
-    def __init__(self, policies: Policies | None = None, profile: CostProfile | None = None) -> None:
+    def __init__(
+        self,
+        policies: Policies | None = None,
+        profile: CostProfile | None = None,
+        shadow: Shadow | None = None,
+        num_receipts: int = DEFAULT_LIMIT,
+    ) -> None:
         self.view = ClusterView(profile or CostProfile())
+        self.shadow = shadow
         self._policies = policies or make_policies()
-        self._ranks = Ranks()
+        self.receipts = Receipts(self._policies.names, num_receipts)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes in one event and says what is to be done about it."""
+        commands = self._handle(event, now)
+        self._note_receipt(event, commands, now)
+        return commands
+
+    def _handle(self, event: Event, now: float) -> list[Command]:
         match event:
             case RequestArrived():
                 return self._arrived(event, now)
@@ -64,19 +77,29 @@ class Conductor:
             case Joined():
                 self._joined(event, now)
             case Finished():
-                self._finished(event)
+                self._finished(event, now)
             case Failed():
                 self._failed(event, now)
             case Cancelled():
-                self._cancelled(event)
+                self._cancelled(event, now)
             case ServerLost():
-                self.view.drop_server(event.server)
+                self.view.drop_server(event.server, now)
             case WorkerJoined():
-                self.view.add_worker(event)
+                self.view.add_worker(event, now)
             case WorkerLost():
-                self.view.lose_worker(event.worker_id, event.incarnation)
+                self.view.lose_worker(event.worker_id, event.incarnation, now)
             case StoreLost():
                 self.view.lose_store(event.node_id, event.incarnation)
+
+    def _note_receipt(self, event: Event, commands: list[Command], now: float) -> None:
+        """Writes down what came of earlier decisions. An arrival's own is written where it is made."""
+        match event:
+            case PrefillDone() | Joined() | Finished() | Failed() | Cancelled():
+                self.receipts.heard(event, commands, now)
+            case ServerLost():
+                self.receipts.server_lost(event.server, now)
+            case Tick():
+                self.receipts.pass_time(now)
 
     # ---- requests
 
@@ -84,16 +107,24 @@ class Conductor:
         if self._is_outdated(event):
             return []
         key = RequestKey.of(event.server, event.ref)
-        self.view.drop(key)
+        self.view.drop(key, now)
         failed = self.view.failed.pop(key, None)
         pools = able(self.view, event, now)
         if isinstance(pools, Refusal):
-            return [_reject(event, pools)]
+            rejected = _reject(event, pools)
+            self.receipts.decided(event, rejected, None, None, now)
+            return [rejected]
+        if not self.view.forecast.num_prefilling:
+            self.view.ranks.idle(now)
         pools = _avoiding(pools, failed).preferring_room(self.view.demand(event))
         plan = self._policies.placement.place(self.view, pools, event, now)
-        if refusal := self._policies.admission.admit(self.view, event, plan, now):
-            return [_reject(event, refusal, plan.ttft_s, plan.tbt_s)]
-        return [self._dispatch(key, event, plan, now)]
+        refusal = self._policies.admission.admit(self.view, event, plan, now)
+        shadow = self.shadow.judge(self.view, pools, event, plan, refusal, now) if self.shadow else None
+        if refusal:
+            self.view.shares.refused(event.tenant, now)
+        answer = _reject(event, refusal, plan.ttft_s, plan.tbt_s) if refusal else self._dispatch(key, event, plan, now)
+        self.receipts.decided(event, answer, plan, shadow, now)
+        return [answer]
 
     def _dispatch(self, key: RequestKey, event: RequestArrived, plan: Plan, now: float) -> Dispatch:
         self.view.place(key, event, plan, now)
@@ -106,7 +137,7 @@ class Conductor:
             decode_source=plan.decode_source,
             predicted_ttft_s=plan.ttft_s,
             predicted_tbt_s=plan.tbt_s,
-            rank=self._ranks.rank(event, plan.prefill.compute_s, now),
+            rank=self.view.requests[key].rank,
         )
 
     def _prefill_done(self, event: PrefillDone, now: float) -> list[Command]:
@@ -115,47 +146,52 @@ class Conductor:
         known = self._known(event)
         if known is not None and known.phase is Phase.PREFILL:
             key = RequestKey.of(event.server, event.ref)
-            self._learn_prefill(known, event)
+            self._learn_prefill(known, event, now)
             self.view.end_prefill(key, now)
-            if refusal := self._policies.admission.proceed(self.view, known, now):
-                self.view.drop(key)
+            refusal = self._policies.admission.proceed(self.view, known, now)
+            if self.shadow:
+                self.shadow.judge_again(self.view, known, refusal, now)
+            if refusal:
+                self.view.drop(key, now)
                 return [_reject(event, refusal, known.predicted_ttft_s, known.predicted_tbt_s)]
         # What is not known was dispatched by a Conductor before this one, or lost a worker: its server will find out.
         return [Proceed(event.server, event.ref)]
 
-    def _learn_prefill(self, request: InFlight, event: PrefillDone) -> None:
+    def _learn_prefill(self, request: InFlight, event: PrefillDone, now: float) -> None:
         cached_tokens = min(event.cached_tokens, request.num_tokens - 1)
         self.view.costs.observe_prefill(
             self.view.workers[request.prefill].cost,
+            now,
             new_tokens=request.num_tokens - cached_tokens,
             prefix_tokens=cached_tokens,
             load_s=0.0 if request.pulls else event.load_s,  # which says nothing about loading alone
             compute_s=event.compute_s,
         )
+        self.view.costs.handling.observe(now - request.placed_at - event.queue_s - event.load_s - event.compute_s)
         self.view.ttft_error.observe(request.predicted_ttft_s, event.ttft_s)
 
     def _joined(self, event: Joined, now: float) -> None:
-        if known := self._known(event):
-            known.phase, known.phase_at = Phase.DECODE, now
+        if self._known(event) is not None:
+            self.view.start_decode(RequestKey.of(event.server, event.ref), now)
 
-    def _finished(self, event: Finished) -> None:
+    def _finished(self, event: Finished, now: float) -> None:
         if known := self._known(event):
             self.view.tbt_error.observe(known.predicted_tbt_s, event.mean_tbt_s)
-            self.view.count_output(event.output_tokens)
-            self.view.drop(RequestKey.of(event.server, event.ref))
+            self.view.count_output(known, event.output_tokens, event.mean_tbt_s)
+            self.view.drop(RequestKey.of(event.server, event.ref), now)
 
     def _failed(self, event: Failed, now: float) -> None:
         if self._is_outdated(event):
             return
         key = RequestKey.of(event.server, event.ref)
-        self.view.drop(key)
+        self.view.drop(key, now)
         self.view.failed[key] = FailedAttempt(event.worker_id, now)
 
-    def _cancelled(self, event: Cancelled) -> None:
+    def _cancelled(self, event: Cancelled, now: float) -> None:
         if self._is_outdated(event):
             return
         key = RequestKey.of(event.server, event.ref)
-        self.view.drop(key)
+        self.view.drop(key, now)
         self.view.failed.pop(key, None)
 
     def _known(self, event: RequestEvent) -> InFlight | None:
@@ -204,7 +240,10 @@ class Conductor:
 
     def _ticked(self, now: float) -> list[Command]:
         self.view.pass_time(now)
-        return list(self._policies.balance.tick(self.view, now))
+        moves = self._policies.balance.tick(self.view, now)
+        for move in moves:
+            self.view.move(move, now)
+        return list(moves)
 
 
 def _reject(event: RequestEvent, refusal: Refusal, ttft_s: float = 0.0, tbt_s: float = 0.0) -> Reject:

@@ -1,8 +1,46 @@
 """All that a Conductor can be told."""
 
-from pydantic import Field
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ByteSize, Field
 
 from perigee.kvstore.addresses import DirectoryTarget, DirectoryUser, Listen
+from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
+from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS, PolicyNames
+from perigee.scheduler.receipts import DEFAULT_LIMIT
+
+
+def _known(name: str, allowed: Collection[str]) -> str:
+    if name not in allowed:
+        raise ValueError(f"allowed are {', '.join(sorted(allowed))}")
+    return name
+
+
+def parse_policies(text: str) -> PolicyNames:
+    """`placement=NAME,admission=NAME`, of which one may be left out. Raises ValueError for anything else."""
+    names = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    if unknown := names.keys() - {"placement", "admission"}:
+        raise ValueError(f"{min(unknown)!r}: allowed are placement=NAME and admission=NAME, with a comma between them")
+    for kind, allowed in (("placement", PLACEMENTS), ("admission", ADMISSIONS)):
+        if kind in names and names[kind] not in allowed:
+            raise ValueError(f"{kind}: {names[kind]!r}: allowed are {', '.join(sorted(allowed))}")
+    return PolicyNames(**names)
+
+
+PlacementName = Annotated[str, AfterValidator(lambda name: _known(name, PLACEMENTS))]
+AdmissionName = Annotated[str, AfterValidator(lambda name: _known(name, ADMISSIONS))]
+BalanceName = Annotated[str, AfterValidator(lambda name: _known(name, BALANCES))]
+
+
+def _checked_shadow(text: str) -> str:
+    parse_policies(text)
+    return text
+
+
+Shadow = Annotated[str, AfterValidator(_checked_shadow)]
+"""Policies that are asked and not obeyed, as `parse_policies` reads them."""
 
 
 class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
@@ -16,4 +54,32 @@ class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
     directory: DirectoryTarget | None = Field(
         None, description="Directory of the cluster's members, such as redis://host:port/0; without it: here."
     )
+    profile: Path | None = Field(
+        None,
+        description="Cost model, as `perigee profile` writes it; without it: rough figures of a small model on a CPU.",
+    )
     tick_s: float = Field(1.0, gt=0, description="How often the scheduler is told that time has passed, in seconds.")
+    placement: PlacementName = Field("perigee", description="Policy that chooses the workers of a request.")
+    admission: AdmissionName = Field("perigee", description="Policy that decides which requests are served.")
+    balance: BalanceName = Field(
+        "perigee",
+        description="Policy that copies blocks and moves workers between the pools, while nobody asks for it.",
+    )
+    role_hold_s: float = Field(
+        DEFAULT_HOLD_S,
+        gt=0,
+        description="How long one pool must need a worker of the other before it gets it, in seconds.",
+    )
+    shadow: Shadow | None = Field(
+        None, description="Policies to ask as well, without obeying them, such as placement=random,admission=early."
+    )
+    receipts: int = Field(DEFAULT_LIMIT, ge=1, description="Of how many requests that ended receipts are kept.")
+    receipts_file: Path | None = Field(None, description="File for the receipt of each request, a JSON line each.")
+    record: Path | None = Field(
+        None, description="File to record all that the scheduler hears and says in, for `perigee replay-log`."
+    )
+    record_bytes: ByteSize = Field(ByteSize(1 << 30), gt=0, description="How large that may become, such as 512MiB.")
+
+    @property
+    def policies(self) -> PolicyNames:
+        return PolicyNames(self.placement, self.admission, self.balance)

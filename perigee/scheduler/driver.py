@@ -6,10 +6,24 @@ import logging
 from perigee.kvstore.access import OPEN, Access
 from perigee.kvstore.directory import Directory, Member
 from perigee.kvstore.store_pb2 import StoreStatus
-from perigee.scheduler.commands import Command, Dispatch, Exclude, Proceed, Reject, Resync, ServerCommand
+from perigee.scheduler.commands import (
+    Command,
+    Dispatch,
+    Drain,
+    Exclude,
+    Proceed,
+    Reject,
+    Replicate,
+    Resync,
+    ServerCommand,
+    SetRole,
+    Trim,
+)
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.events import Event, ServerLost, Tick
 from perigee.scheduler.ids import ServerId
+from perigee.scheduler.journal import Journal
+from perigee.scheduler.mover import Mover
 from perigee.scheduler.watches import StoreWatch, WorkerWatch
 
 _log = logging.getLogger(__name__)
@@ -20,13 +34,17 @@ Outbox = asyncio.Queue[ServerCommand | None]  # None: nothing more will come
 class Driver:
     """Owns the Conductor. Everything here happens on one event loop, so events have one order."""
 
-    def __init__(self, conductor: Conductor, directory: Directory, tick_s: float, access: Access = OPEN) -> None:
+    def __init__(
+        self, conductor: Conductor, directory: Directory, tick_s: float, journal: Journal, access: Access = OPEN
+    ) -> None:
         self.conductor = conductor
+        self.journal = journal
         self._directory = directory
         self._tick_s = tick_s
         self._access = access
         self._watches: dict[str, tuple[WorkerWatch | StoreWatch, asyncio.Task[None]]] = {}  # by member's id
         self._outboxes: dict[ServerId, Outbox] = {}
+        self._mover = Mover(access)
         self._num_attached = 0
 
     @property
@@ -36,15 +54,22 @@ class Driver:
 
     async def run(self) -> None:
         """Follows the cluster until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tick())
-            async for members in self._directory.watch():
-                self._follow(tasks, members)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._tick())
+                async for members in self._directory.watch():
+                    self._follow(tasks, members)
+        finally:
+            await self._mover.close()
 
     def emit(self, event: Event) -> None:
         """Tells the Conductor, and does what it says."""
-        for command in self.conductor.handle(event, self.now):
+        now = self.now
+        commands = self.conductor.handle(event, now)
+        self.journal.note(event, now, commands)
+        for command in commands:
             self._execute(command)
+        self.journal.log(self.conductor.receipts.take_ended())
 
     def attach(self) -> tuple[ServerId, Outbox]:
         """A new server's id, and the queue that its commands will be in."""
@@ -90,10 +115,21 @@ class Driver:
                 self._resync(command)
             case Exclude():
                 _log.error("worker excluded worker=%s %s", command.worker_id, command.reason)
+            case Drain():
+                state = "on" if command.draining else "off"
+                _log.info("drain %s worker=%s reason=%s", state, command.worker_id, command.reason)
+            case Replicate() | Trim():
+                self._mover.start(command, self._member(command.node_id))
+            case SetRole():
+                self._mover.start(command, self._member(command.worker_id))
             case Dispatch() | Proceed() | Reject():
                 _log_command(command)
                 if outbox := self._outboxes.get(command.server):
                     outbox.put_nowait(command)
+
+    def _member(self, member_id: str) -> Member | None:
+        entry = self._watches.get(member_id)
+        return entry[0].member if entry else None
 
     def _resync(self, command: Resync) -> None:
         _log.warning("events missed store=%s", command.node_id)

@@ -34,7 +34,10 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """The first token is there. Times are the worker's own, but `ttft_s`, which the server measured."""
+    """The first token is there. Times are the worker's own, but `ttft_s`, which the server measured.
+
+    Of the `cached_tokens`, so many came from the local SSD and from other store nodes; the rest from local memory.
+    """
 
     server: ServerId
     ref: Ref
@@ -43,6 +46,12 @@ class PrefillDone:
     load_s: float = 0.0
     compute_s: float = 0.0
     ttft_s: float = 0.0
+    cached_ssd_tokens: int = 0
+    cached_remote_tokens: int = 0
+
+    @property
+    def cached_dram_tokens(self) -> int:
+        return self.cached_tokens - self.cached_ssd_tokens - self.cached_remote_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +64,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The client has its whole answer. `mean_tbt_s` is 0 if there were fewer than two tokens."""
+    """The client has its whole answer. Both TBTs, the mean and the longest, are 0 if there were fewer than two tokens.
+    """
 
     server: ServerId
     ref: Ref
     output_tokens: int = 0
     mean_tbt_s: float = 0.0
+    max_tbt_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ def able(view: ClusterView, request: RequestArrived, now: float) -> Pools | Refu
     large_enough = usable.holding(demand)
     if not large_enough.can_serve:
         return _too_large(usable, demand)
-    storable = large_enough.at(view.stores_for(demand.prompt_pages))
+    storable = large_enough.storing(demand.prompt_pages)
     return storable if storable.can_serve else _too_many_blocks(view, demand)
 
 
 def _unavailable(pools: Pools) -> Refusal:
-    missing = [role for role, workers in (("prefill", pools.prefill), ("decode", pools.decode)) if not workers]
+    by_role = {"prefill": pools.prefill_rows, "decode": pools.decode_rows}
+    missing = [role for role, rows in by_role.items() if not rows.size]
     message = f"no {' and no '.join(missing)} worker is available"
     return Refusal(RejectReason.UNAVAILABLE, message, UNAVAILABLE_RETRY_AFTER_S)
 

@@ -3,12 +3,51 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perigee.scheduler.admission import Admission, Early, Open
-from perigee.scheduler.balance import Balance, Still
-from perigee.scheduler.placement import LowestTtft, Placement
+from perigee.scheduler.admission import Admission, AtDecode, Early, Foresight, Open, Prediction
+from perigee.scheduler.balance import Balance, Copies, Roles, Several, Still
+from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
+from perigee.scheduler.placement import (
+    Algorithm1,
+    CheaperFetch,
+    LeastLoaded,
+    NoFetch,
+    Placement,
+    Random,
+    RoundRobin,
+    ThresholdFetch,
+)
 
-PLACEMENTS: dict[str, Callable[[], Placement]] = {"perigee": LowestTtft}
-ADMISSIONS: dict[str, Callable[[], Admission]] = {"perigee": Early, "early": Early, "none": Open}
+PLACEMENTS: dict[str, Callable[[], Placement]] = {
+    "perigee": lambda: Algorithm1(CheaperFetch(), price=1.0),
+    "global-cache": lambda: Algorithm1(ThresholdFetch()),
+    "local-cache": lambda: Algorithm1(NoFetch()),
+    "least-loaded": LeastLoaded,
+    "round-robin": RoundRobin,
+    "random": Random,
+}
+ADMISSIONS: dict[str, Callable[[], Admission]] = {
+    "perigee": Foresight,
+    "prediction": Prediction,
+    "early": Early,
+    "at-decode": AtDecode,
+    "none": Open,
+}
+# Given for how many seconds an imbalance must last before a worker changes pools.
+BALANCES: dict[str, Callable[[float], Balance]] = {
+    "perigee": lambda hold_s: Several(Roles(hold_s), Copies()),
+    "copies": lambda hold_s: Copies(),
+    "roles": Roles,
+    "none": lambda hold_s: Still(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyNames:
+    """What policies are called, in configuration, receipts and recordings."""
+
+    placement: str = "perigee"
+    admission: str = "perigee"
+    balance: str = "perigee"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +57,15 @@ class Policies:
     placement: Placement
     admission: Admission
     balance: Balance
+    names: PolicyNames = PolicyNames()
 
 
-def make_policies(placement: str = "perigee", admission: str = "perigee") -> Policies:
-    """Fresh policies of these names, which are keys of PLACEMENTS and ADMISSIONS."""
-    return Policies(PLACEMENTS[placement](), ADMISSIONS[admission](), Still())
+def make_policies(
+    placement: str = "perigee",
+    admission: str = "perigee",
+    balance: str = "perigee",
+    role_hold_s: float = DEFAULT_HOLD_S,
+) -> Policies:
+    """Fresh policies of these names, which are keys of PLACEMENTS, ADMISSIONS and BALANCES."""
+    names = PolicyNames(placement, admission, balance)
+    return Policies(PLACEMENTS[placement](), ADMISSIONS[admission](), BALANCES[balance](role_hold_s), names)

@@ -1,78 +1,248 @@
-"""Which store node holds which blocks: key -> bitmask of nodes and tiers."""
+"""Which store node holds which blocks, in which tier.
 
-from collections.abc import Iterable, Sequence
+Every node has a number, the lowest that is free. A block has the ascending codes of its copies, `2 * number + tier`,
+packed into bytes of four each. So a block takes the memory that its copies need, however many nodes there are; and
+since blocks of one prompt came to the same nodes in the same order, most share the very same bytes.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.messages import BlockEvent, Tier
 from perigee.scheduler.ids import NodeId
 
-_NUM_TIERS = len(Tier)
+_TIERS = len(Tier)
+_CODE: Final = "I"
+_CODE_BYTES = 4
+_NOBODY = b""
+
+# What is remembered of how copies come and go, and of what they mean. Both only save time and memory.
+_MAX_MOVES = 1 << 16
+_MAX_MASKS = 1 << 12
+
+# From how many on a numpy operation is faster than a loop.
+_MANY = 16
+
+
+class Match(Mapping[NodeId, int]):
+    """How many leading blocks of a prompt each known node holds. Of use until the index changes.
+
+    Nodes that hold equally many are a group, a mask of the nodes' numbers; those that hold nothing are none. Of those
+    that have some on SSD alone `ssd_blocks` says how many, by the node's number.
+    """
+
+    def __init__(self, numbers: Mapping[NodeId, int], num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.groups: dict[int, int] = {}  # by number of blocks, the fewest first
+        self.ssd_blocks: dict[int, int] = {}
+        self._numbers = numbers
+
+    def end(self, nodes: int, index: int) -> None:
+        """The nodes of this mask hold the blocks before this one, and not this one."""
+        if nodes and index:
+            self.groups[index] = nodes
+
+    def move(self, before: int, after: int, index: int) -> None:
+        """From block `index` on the nodes of the mask `after` have them on SSD only, up to it those of `before` had. A
+        count is right once the node has left again: the sum of the ends less that of the beginnings.
+        """
+        counts = self.ssd_blocks
+        for node in positions(after & ~before):
+            counts[node] = counts.get(node, 0) - index
+        for node in positions(before & ~after):
+            counts[node] += index
+
+    def blocks(self, number: int) -> int:
+        """Of the node of this number."""
+        return next((blocks for blocks, nodes in self.groups.items() if nodes >> number & 1), 0)
+
+    def __getitem__(self, node: NodeId) -> int:
+        return self.blocks(self._numbers[node])
+
+    def __iter__(self) -> Iterator[NodeId]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 class PrefixIndex:
-    """Every node has one bit per tier, next to each other; a block held in any of its tiers is held by the node."""
+    """Fed with what the store nodes tell. The truth is theirs: this may be a moment behind it."""
 
     def __init__(self) -> None:
-        self._held: dict[BlockKey, int] = {}
-        self._position: dict[NodeId, int] = {}  # of a node's lowest bit
+        self.numbers: dict[NodeId, int] = {}
+        self._nodes: list[NodeId | None] = []  # by number
+        self._held: dict[BlockKey, bytes] = {}
+        self._moves: dict[tuple[bytes, int, bool], bytes] = {}
+        self._masks: dict[bytes, tuple[int, int]] = {}
+        self._num_in_dram: Counter[NodeId] = Counter()
 
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, key: BlockKey) -> bool:
+        """Whether any node holds it, in whatever tier."""
+        return key in self._held
+
     def apply(self, node: NodeId, events: Iterable[BlockEvent]) -> None:
         """Enters what came to a node and what left it, in order."""
-        position = self._position_of(node)
-        held = self._held
+        first_code = _TIERS * self._number_of(node)
+        held, moves = self._held, self._moves
+        more = 0  # in DRAM
         for event in events:
-            bit = 1 << (position + event.tier)
-            mask = held.get(event.key, 0) | bit
-            if not event.stored:
-                mask ^= bit
-            if mask:
-                held[event.key] = mask
-            else:
-                held.pop(event.key, None)
+            key = event.key
+            before = held.get(key, _NOBODY)
+            move = (before, first_code + event.tier, event.stored)
+            after = moves.get(move)
+            if after is None:
+                after = self._moved(move)
+            if event.tier == Tier.DRAM and after != before:
+                more += 1 if event.stored else -1
+            if after:
+                held[key] = after
+            elif before:
+                del held[key]
+        self._num_in_dram[node] += more
 
     def forget(self, node: NodeId) -> None:
-        """Drops all that is known of a node. Its bits may then serve another. Takes time linear in all blocks."""
-        position = self._position.pop(node, None)
-        if position is None:
+        """Drops all that is known of a node. Its number may then be another's. Takes time linear in all blocks."""
+        number = self.numbers.pop(node, None)
+        if number is None:
             return
-        kept = ~(_all_tiers() << position)
-        self._held = {key: mask & kept for key, mask in self._held.items() if mask & kept}
+        self._nodes[number] = None
+        del self._num_in_dram[node]
+        kept: dict[bytes, bytes] = {}
+        for codes in set(self._held.values()):
+            left = codes
+            for tier in Tier:
+                left = _without(left, _TIERS * number + tier)
+            kept[codes] = left
+        self._held = {key: left for key, codes in self._held.items() if (left := kept[codes])}
 
-    def match(self, keys: Sequence[BlockKey]) -> dict[NodeId, int]:
-        """How many leading keys each known node holds. One step a key, until no node holds the next one."""
-        node_at = {1 << position: node for node, position in self._position.items()}
-        lengths = dict.fromkeys(self._position, len(keys))
-        alive = sum(node_at)
-        for index, key in enumerate(keys):
-            mask = self._held.get(key, 0)
-            still = alive & (mask | mask >> 1)  # a node's lowest bit stands for all its tiers
-            if still != alive:
-                for bit in _bits(alive ^ still):
-                    lengths[node_at[bit]] = index
-                alive = still
-                if not alive:
-                    break
-        return lengths
+    @property
+    def num_numbers(self) -> int:
+        """All numbers are below this."""
+        return len(self._nodes)
 
-    def _position_of(self, node: NodeId) -> int:
-        if node not in self._position:
-            taken = set(self._position.values())
-            self._position[node] = next(
-                position for position in range(0, _NUM_TIERS * (len(taken) + 1), _NUM_TIERS) if position not in taken
-            )
-        return self._position[node]
+    def node(self, number: int) -> NodeId:
+        """The node that has this number."""
+        node = self._nodes[number]
+        assert node is not None, "nobody has this number"
+        return node
+
+    def holders(self, key: BlockKey) -> list[NodeId]:
+        """The nodes that hold a block, in whatever tier."""
+        numbers = {code // _TIERS for code in _codes(self._held.get(key, _NOBODY))}
+        return [node for node, number in self.numbers.items() if number in numbers]
+
+    def num_in_dram(self, node: NodeId) -> int:
+        """How many blocks a node has in memory."""
+        return self._num_in_dram[node]
+
+    def shared(self, keys: Iterable[BlockKey], node: NodeId) -> list[BlockKey]:
+        """Those that the node holds and another one holds, too."""
+        alone = 1 << self.numbers[node] if node in self.numbers else 0
+        held = ((key, self._masks_of(self._held.get(key, _NOBODY))[0]) for key in keys)
+        return [key for key, holders in held if holders & alone and holders != alone]
+
+    def match(self, keys: Sequence[BlockKey]) -> Match:
+        """How far each known node holds these keys from the first on. One step a key, until no node holds the next one;
+        whoever stays is not looked at again.
+        """
+        match = Match(self.numbers, len(keys))
+        last, alive, on_ssd = _NOBODY, 0, 0
+        for index, codes in enumerate(map(self._held.get, keys)):
+            if codes == last:
+                continue
+            if codes is None:
+                codes = _NOBODY
+            holders, in_dram = self._masks_of(codes)
+            still = holders & alive if index else holders
+            match.end(alive & ~still, index)
+            if on_ssd or holders != in_dram:
+                match.move(on_ssd, still & ~in_dram, index)
+                on_ssd = still & ~in_dram
+            last, alive = codes, still
+            if not alive:
+                return match
+        match.end(alive, len(keys))
+        match.move(on_ssd, 0, len(keys))
+        return match
+
+    def _number_of(self, node: NodeId) -> int:
+        number = self.numbers.get(node)
+        if number is None:
+            if None not in self._nodes:
+                self._nodes.append(None)
+            number = self.numbers[node] = self._nodes.index(None)
+            self._nodes[number] = node
+        return number
+
+    def _moved(self, move: tuple[bytes, int, bool]) -> bytes:
+        codes, code, stored = move
+        after = _with(codes, code) if stored else _without(codes, code)
+        if len(self._moves) >= _MAX_MOVES:
+            self._moves.clear()
+        self._moves[move] = after
+        return after
+
+    def _masks_of(self, codes: bytes) -> tuple[int, int]:
+        """Bit masks by node number: who holds a block, and who of them in memory."""
+        masks = self._masks.get(codes)
+        if masks is None:
+            if len(self._masks) >= _MAX_MASKS:
+                self._masks.clear()
+            numbers = [divmod(code, _TIERS) for code in _codes(codes)]
+            in_dram = _mask([number for number, tier in numbers if tier == Tier.DRAM])
+            masks = self._masks[codes] = _mask([number for number, _ in numbers]), in_dram
+        return masks
 
 
-def _all_tiers() -> int:
-    return (1 << _NUM_TIERS) - 1
+def _codes(packed: bytes) -> "memoryview[int]":
+    return memoryview(packed).cast(_CODE)
 
 
-def _bits(mask: int) -> Iterable[int]:
-    """The single bits of a mask, lowest first."""
+def _with(packed: bytes, code: int) -> bytes:
+    at, is_there = _find(packed, code)
+    return packed if is_there else packed[:at] + array(_CODE, [code]).tobytes() + packed[at:]
+
+
+def _without(packed: bytes, code: int) -> bytes:
+    at, is_there = _find(packed, code)
+    return packed[:at] + packed[at + _CODE_BYTES :] if is_there else packed
+
+
+def _find(packed: bytes, code: int) -> tuple[int, bool]:
+    """The byte at which a code stands or would stand, and whether it does."""
+    codes = _codes(packed)
+    index = bisect_left(codes, code)
+    return _CODE_BYTES * index, index < len(codes) and codes[index] == code
+
+
+def _mask(numbers: Sequence[int]) -> int:
+    if len(numbers) <= _MANY:
+        return sum(1 << number for number in set(numbers))
+    flags = np.zeros(max(numbers) + 1, np.bool_)
+    flags[numbers] = True
+    return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+
+
+def flags(mask: int, size: int) -> NDArray[np.bool_]:
+    """The lowest `size` bits of a mask."""
+    packed = np.frombuffer(mask.to_bytes(size // 8 + 1, "little"), np.uint8)
+    return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+
+
+def positions(mask: int) -> Iterator[int]:
+    """Of the bits of a mask, lowest first."""
     while mask:
-        bit = mask & -mask
-        yield bit
-        mask ^= bit
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest

@@ -27,7 +27,7 @@ from perigee.kvstore import store_pb2 as perigee_dot_kvstore_dot_store__pb2
 from perigee.workers import worker_pb2 as perigee_dot_workers_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perigee/scheduler/scheduler.proto\x12\x11perigee.scheduler\x1a\x1fperigee/kvstore/directory.proto\x1a\x1bperigee/kvstore/store.proto\x1a\x1cperigee/workers/worker.proto\"\xe5\x02\n\x0bServerEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x34\n\x07\x61rrived\x18\x02 \x01(\x0b\x32!.perigee.scheduler.RequestArrivedH\x00\x12\x36\n\x0cprefill_done\x18\x03 \x01(\x0b\x32\x1e.perigee.scheduler.PrefillDoneH\x00\x12+\n\x06joined\x18\x04 \x01(\x0b\x32\x19.perigee.scheduler.JoinedH\x00\x12/\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.perigee.scheduler.FinishedH\x00\x12+\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x19.perigee.scheduler.FailedH\x00\x12\x31\n\tcancelled\x18\x07 \x01(\x0b\x32\x1c.perigee.scheduler.CancelledH\x00\x42\x07\n\x05\x65vent\"\xa4\x01\n\x0eRequestArrived\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x12\n\nslo_ttft_s\x18\x07 \x01(\x01\x12\x11\n\tslo_tbt_s\x18\x08 \x01(\x01\"h\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\"\x08\n\x06Joined\"5\n\x08\x46inished\x12\x15\n\routput_tokens\x18\x01 \x01(\r\x12\x12\n\nmean_tbt_s\x18\x02 \x01(\x01\")\n\x06\x46\x61iled\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x0b\n\tCancelled\"\xd3\x01\n\x07\x43ommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x03ref\x18\x02 \x01(\x0b\x32\x14.perigee.workers.Ref\x12/\n\x08\x64ispatch\x18\x03 \x01(\x0b\x32\x1b.perigee.scheduler.DispatchH\x00\x12-\n\x07proceed\x18\x04 \x01(\x0b\x32\x1a.perigee.scheduler.ProceedH\x00\x12+\n\x06reject\x18\x05 \x01(\x0b\x32\x19.perigee.scheduler.RejectH\x00\x42\t\n\x07\x63ommand\"A\n\rWorkerAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\xdf\x01\n\x08\x44ispatch\x12\x31\n\x07prefill\x18\x01 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x30\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x16\n\x0eprefill_source\x18\x03 \x01(\t\x12\x15\n\rdecode_source\x18\x04 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x05 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x06 \x01(\x01\x12\x0c\n\x04rank\x18\x07 \x01(\x01\"\t\n\x07Proceed\"\xcd\x01\n\x06Reject\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .perigee.scheduler.Reject.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x04 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x05 \x01(\x01\"6\n\x06Reason\x12\x0c\n\x08OVERLOAD\x10\x00\x12\r\n\tTOO_LARGE\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"\x10\n\x0e\x43lusterRequest\"\xb6\x01\n\x0c\x43lusterState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12/\n\x07workers\x18\x04 \x03(\x0b\x32\x1e.perigee.scheduler.WorkerState\x12-\n\x06stores\x18\x05 \x03(\x0b\x32\x1d.perigee.scheduler.StoreState\"e\n\x0bWorkerState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.WorkerReport\"c\n\nStoreState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12,\n\x06status\x18\x02 \x01(\x0b\x32\x1c.perigee.kvstore.StoreStatus2\xa4\x01\n\tConductor\x12H\n\x06\x41ttach\x12\x1e.perigee.scheduler.ServerEvent\x1a\x1a.perigee.scheduler.Command(\x01\x30\x01\x12M\n\x07\x43luster\x12!.perigee.scheduler.ClusterRequest\x1a\x1f.perigee.scheduler.ClusterStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perigee/scheduler/scheduler.proto\x12\x11perigee.scheduler\x1a\x1fperigee/kvstore/directory.proto\x1a\x1bperigee/kvstore/store.proto\x1a\x1cperigee/workers/worker.proto\"\xe5\x02\n\x0bServerEvent\x12!\n\x03ref\x18\x01 \x01(\x0b\x32\x14.perigee.workers.Ref\x12\x34\n\x07\x61rrived\x18\x02 \x01(\x0b\x32!.perigee.scheduler.RequestArrivedH\x00\x12\x36\n\x0cprefill_done\x18\x03 \x01(\x0b\x32\x1e.perigee.scheduler.PrefillDoneH\x00\x12+\n\x06joined\x18\x04 \x01(\x0b\x32\x19.perigee.scheduler.JoinedH\x00\x12/\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.perigee.scheduler.FinishedH\x00\x12+\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x19.perigee.scheduler.FailedH\x00\x12\x31\n\tcancelled\x18\x07 \x01(\x0b\x32\x1c.perigee.scheduler.CancelledH\x00\x42\x07\n\x05\x65vent\"\xa4\x01\n\x0eRequestArrived\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x12\n\nslo_ttft_s\x18\x07 \x01(\x01\x12\x11\n\tslo_tbt_s\x18\x08 \x01(\x01\"\xa1\x01\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x19\n\x11\x63\x61\x63hed_ssd_tokens\x18\x06 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_remote_tokens\x18\x07 \x01(\r\"\x08\n\x06Joined\"H\n\x08\x46inished\x12\x15\n\routput_tokens\x18\x01 \x01(\r\x12\x12\n\nmean_tbt_s\x18\x02 \x01(\x01\x12\x11\n\tmax_tbt_s\x18\x03 \x01(\x01\")\n\x06\x46\x61iled\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\"\x0b\n\tCancelled\"\xd3\x01\n\x07\x43ommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x03ref\x18\x02 \x01(\x0b\x32\x14.perigee.workers.Ref\x12/\n\x08\x64ispatch\x18\x03 \x01(\x0b\x32\x1b.perigee.scheduler.DispatchH\x00\x12-\n\x07proceed\x18\x04 \x01(\x0b\x32\x1a.perigee.scheduler.ProceedH\x00\x12+\n\x06reject\x18\x05 \x01(\x0b\x32\x19.perigee.scheduler.RejectH\x00\x42\t\n\x07\x63ommand\"A\n\rWorkerAddress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\xdf\x01\n\x08\x44ispatch\x12\x31\n\x07prefill\x18\x01 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x30\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32 .perigee.scheduler.WorkerAddress\x12\x16\n\x0eprefill_source\x18\x03 \x01(\t\x12\x15\n\rdecode_source\x18\x04 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x05 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x06 \x01(\x01\x12\x0c\n\x04rank\x18\x07 \x01(\x01\"\t\n\x07Proceed\"\xcd\x01\n\x06Reject\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .perigee.scheduler.Reject.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x04 \x01(\x01\x12\x17\n\x0fpredicted_tbt_s\x18\x05 \x01(\x01\"6\n\x06Reason\x12\x0c\n\x08OVERLOAD\x10\x00\x12\r\n\tTOO_LARGE\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"\x10\n\x0e\x43lusterRequest\"\xd5\x02\n\x0c\x43lusterState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.perigee.workers.ModelCard\x12/\n\x07workers\x18\x04 \x03(\x0b\x32\x1e.perigee.scheduler.WorkerState\x12-\n\x06stores\x18\x05 \x03(\x0b\x32\x1d.perigee.scheduler.StoreState\x12.\n\x06shadow\x18\x06 \x01(\x0b\x32\x1e.perigee.scheduler.ShadowState\x12\x36\n\nttft_error\x18\x07 \x01(\x0b\x32\".perigee.scheduler.PredictionError\x12\x35\n\ttbt_error\x18\x08 \x01(\x0b\x32\".perigee.scheduler.PredictionError\"V\n\x0fPredictionError\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0b\n\x03p50\x18\x03 \x01(\x01\x12\x0b\n\x03p90\x18\x04 \x01(\x01\x12\x0c\n\x04\x62ias\x18\x05 \x01(\x01\"\xe0\x02\n\x0bShadowState\x12\x11\n\tplacement\x18\x01 \x01(\t\x12\x11\n\tadmission\x18\x02 \x01(\t\x12\x10\n\x08\x61rrivals\x18\x03 \x01(\x04\x12\x17\n\x0f\x62oth_dispatched\x18\x04 \x01(\x04\x12\x15\n\rboth_rejected\x18\x05 \x01(\x04\x12\x17\n\x0frejections_made\x18\x06 \x01(\x04\x12\x1a\n\x12rejections_avoided\x18\x07 \x01(\x04\x12\x14\n\x0csame_prefill\x18\x08 \x01(\x04\x12\x13\n\x0bsame_decode\x18\t \x01(\x04\x12\x14\n\x0csame_workers\x18\n \x01(\x04\x12\x19\n\x11ttft_difference_s\x18\x0b \x01(\x01\x12\x15\n\rsecond_checks\x18\x0c \x01(\x04\x12\x1e\n\x16second_rejections_made\x18\r \x01(\x04\x12!\n\x19second_rejections_avoided\x18\x0e \x01(\x04\"5\n\x0fReceiptsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"1\n\rReceiptsReply\x12\x11\n\tdocuments\x18\x01 \x03(\t\x12\r\n\x05limit\x18\x02 \x01(\x04\"e\n\x0bWorkerState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.perigee.workers.WorkerReport\"c\n\nStoreState\x12\'\n\x06member\x18\x01 \x01(\x0b\x32\x17.perigee.kvstore.Member\x12,\n\x06status\x18\x02 \x01(\x0b\x32\x1c.perigee.kvstore.StoreStatus2\xf6\x01\n\tConductor\x12H\n\x06\x41ttach\x12\x1e.perigee.scheduler.ServerEvent\x1a\x1a.perigee.scheduler.Command(\x01\x30\x01\x12M\n\x07\x43luster\x12!.perigee.scheduler.ClusterRequest\x1a\x1f.perigee.scheduler.ClusterState\x12P\n\x08Receipts\x12\".perigee.scheduler.ReceiptsRequest\x1a .perigee.scheduler.ReceiptsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,36 +38,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVEREVENT']._serialized_end=506
   _globals['_REQUESTARRIVED']._serialized_start=509
   _globals['_REQUESTARRIVED']._serialized_end=673
-  _globals['_PREFILLDONE']._serialized_start=675
-  _globals['_PREFILLDONE']._serialized_end=779
-  _globals['_JOINED']._serialized_start=781
-  _globals['_JOINED']._serialized_end=789
-  _globals['_FINISHED']._serialized_start=791
-  _globals['_FINISHED']._serialized_end=844
-  _globals['_FAILED']._serialized_start=846
-  _globals['_FAILED']._serialized_end=887
-  _globals['_CANCELLED']._serialized_start=889
-  _globals['_CANCELLED']._serialized_end=900
-  _globals['_COMMAND']._serialized_start=903
-  _globals['_COMMAND']._serialized_end=1114
-  _globals['_WORKERADDRESS']._serialized_start=1116
-  _globals['_WORKERADDRESS']._serialized_end=1181
-  _globals['_DISPATCH']._serialized_start=1184
-  _globals['_DISPATCH']._serialized_end=1407
-  _globals['_PROCEED']._serialized_start=1409
-  _globals['_PROCEED']._serialized_end=1418
-  _globals['_REJECT']._serialized_start=1421
-  _globals['_REJECT']._serialized_end=1626
-  _globals['_REJECT_REASON']._serialized_start=1572
-  _globals['_REJECT_REASON']._serialized_end=1626
-  _globals['_CLUSTERREQUEST']._serialized_start=1628
-  _globals['_CLUSTERREQUEST']._serialized_end=1644
-  _globals['_CLUSTERSTATE']._serialized_start=1647
-  _globals['_CLUSTERSTATE']._serialized_end=1829
-  _globals['_WORKERSTATE']._serialized_start=1831
-  _globals['_WORKERSTATE']._serialized_end=1932
-  _globals['_STORESTATE']._serialized_start=1934
-  _globals['_STORESTATE']._serialized_end=2033
-  _globals['_CONDUCTOR']._serialized_start=2036
-  _globals['_CONDUCTOR']._serialized_end=2200
+  _globals['_PREFILLDONE']._serialized_start=676
+  _globals['_PREFILLDONE']._serialized_end=837
+  _globals['_JOINED']._serialized_start=839
+  _globals['_JOINED']._serialized_end=847
+  _globals['_FINISHED']._serialized_start=849
+  _globals['_FINISHED']._serialized_end=921
+  _globals['_FAILED']._serialized_start=923
+  _globals['_FAILED']._serialized_end=964
+  _globals['_CANCELLED']._serialized_start=966
+  _globals['_CANCELLED']._serialized_end=977
+  _globals['_COMMAND']._serialized_start=980
+  _globals['_COMMAND']._serialized_end=1191
+  _globals['_WORKERADDRESS']._serialized_start=1193
+  _globals['_WORKERADDRESS']._serialized_end=1258
+  _globals['_DISPATCH']._serialized_start=1261
+  _globals['_DISPATCH']._serialized_end=1484
+  _globals['_PROCEED']._serialized_start=1486
+  _globals['_PROCEED']._serialized_end=1495
+  _globals['_REJECT']._serialized_start=1498
+  _globals['_REJECT']._serialized_end=1703
+  _globals['_REJECT_REASON']._serialized_start=1649
+  _globals['_REJECT_REASON']._serialized_end=1703
+  _globals['_CLUSTERREQUEST']._serialized_start=1705
+  _globals['_CLUSTERREQUEST']._serialized_end=1721
+  _globals['_CLUSTERSTATE']._serialized_start=1724
+  _globals['_CLUSTERSTATE']._serialized_end=2065
+  _globals['_PREDICTIONERROR']._serialized_start=2067
+  _globals['_PREDICTIONERROR']._serialized_end=2153
+  _globals['_SHADOWSTATE']._serialized_start=2156
+  _globals['_SHADOWSTATE']._serialized_end=2508
+  _globals['_RECEIPTSREQUEST']._serialized_start=2510
+  _globals['_RECEIPTSREQUEST']._serialized_end=2563
+  _globals['_RECEIPTSREPLY']._serialized_start=2565
+  _globals['_RECEIPTSREPLY']._serialized_end=2614
+  _globals['_WORKERSTATE']._serialized_start=2616
+  _globals['_WORKERSTATE']._serialized_end=2717
+  _globals['_STORESTATE']._serialized_start=2719
+  _globals['_STORESTATE']._serialized_end=2818
+  _globals['_CONDUCTOR']._serialized_start=2821
+  _globals['_CONDUCTOR']._serialized_end=3067
 # @@protoc_insertion_point(module_scope)

@@ -124,12 +124,17 @@ class PrefillDone(_message.Message):
     LOAD_S_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     TTFT_S_FIELD_NUMBER: _builtins.int
+    CACHED_SSD_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_REMOTE_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     queue_s: _builtins.float
     load_s: _builtins.float
     compute_s: _builtins.float
     ttft_s: _builtins.float
     """as the server sees it"""
+    cached_ssd_tokens: _builtins.int
+    """of cached_tokens, as is the next; the rest came from local memory"""
+    cached_remote_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -138,10 +143,12 @@ class PrefillDone(_message.Message):
         load_s: _builtins.float = ...,
         compute_s: _builtins.float = ...,
         ttft_s: _builtins.float = ...,
+        cached_ssd_tokens: _builtins.int = ...,
+        cached_remote_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "load_s", b"load_s", "queue_s", b"queue_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_remote_tokens", b"cached_remote_tokens", "cached_ssd_tokens", b"cached_ssd_tokens", "cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "load_s", b"load_s", "queue_s", b"queue_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,17 +175,20 @@ class Finished(_message.Message):
 
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     MEAN_TBT_S_FIELD_NUMBER: _builtins.int
+    MAX_TBT_S_FIELD_NUMBER: _builtins.int
     output_tokens: _builtins.int
     mean_tbt_s: _builtins.float
+    max_tbt_s: _builtins.float
     def __init__(
         self,
         *,
         output_tokens: _builtins.int = ...,
         mean_tbt_s: _builtins.float = ...,
+        max_tbt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_tbt_s", b"mean_tbt_s", "output_tokens", b"output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tbt_s", b"max_tbt_s", "mean_tbt_s", b"mean_tbt_s", "output_tokens", b"output_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +426,9 @@ class ClusterState(_message.Message):
     CARD_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     STORES_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    TTFT_ERROR_FIELD_NUMBER: _builtins.int
+    TBT_ERROR_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     ready: _builtins.bool
     """there is at least one worker for each phase"""
@@ -425,6 +438,14 @@ class ClusterState(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]: ...
     @_builtins.property
     def stores(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreState]: ...
+    @_builtins.property
+    def shadow(self) -> Global___ShadowState:
+        """if there is one"""
+
+    @_builtins.property
+    def ttft_error(self) -> Global___PredictionError: ...
+    @_builtins.property
+    def tbt_error(self) -> Global___PredictionError: ...
     def __init__(
         self,
         *,
@@ -433,14 +454,166 @@ class ClusterState(_message.Message):
         card: _worker_pb2.ModelCard | None = ...,
         workers: _abc.Iterable[Global___WorkerState] | None = ...,
         stores: _abc.Iterable[Global___StoreState] | None = ...,
+        shadow: Global___ShadowState | None = ...,
+        ttft_error: Global___PredictionError | None = ...,
+        tbt_error: Global___PredictionError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "shadow", b"shadow", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "epoch", b"epoch", "ready", b"ready", "stores", b"stores", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "epoch", b"epoch", "ready", b"ready", "shadow", b"shadow", "stores", b"stores", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterState: _TypeAlias = ClusterState  # noqa: Y015
+
+@_typing.final
+class PredictionError(_message.Message):
+    """How far the last few hundred predictions were from what came: |predicted - actual| / actual."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    P50_FIELD_NUMBER: _builtins.int
+    P90_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """of predictions that the rest is about"""
+    mean: _builtins.float
+    p50: _builtins.float
+    p90: _builtins.float
+    bias: _builtins.float
+    """the median of (predicted - actual) / actual"""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        mean: _builtins.float = ...,
+        p50: _builtins.float = ...,
+        p90: _builtins.float = ...,
+        bias: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "count", b"count", "mean", b"mean", "p50", b"p50", "p90", b"p90"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictionError: _TypeAlias = PredictionError  # noqa: Y015
+
+@_typing.final
+class ShadowState(_message.Message):
+    """How the decisions of policies that are asked and not obeyed compare with the acting ones'. Counts are since the
+    Conductor's start.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
+    ARRIVALS_FIELD_NUMBER: _builtins.int
+    BOTH_DISPATCHED_FIELD_NUMBER: _builtins.int
+    BOTH_REJECTED_FIELD_NUMBER: _builtins.int
+    REJECTIONS_MADE_FIELD_NUMBER: _builtins.int
+    REJECTIONS_AVOIDED_FIELD_NUMBER: _builtins.int
+    SAME_PREFILL_FIELD_NUMBER: _builtins.int
+    SAME_DECODE_FIELD_NUMBER: _builtins.int
+    SAME_WORKERS_FIELD_NUMBER: _builtins.int
+    TTFT_DIFFERENCE_S_FIELD_NUMBER: _builtins.int
+    SECOND_CHECKS_FIELD_NUMBER: _builtins.int
+    SECOND_REJECTIONS_MADE_FIELD_NUMBER: _builtins.int
+    SECOND_REJECTIONS_AVOIDED_FIELD_NUMBER: _builtins.int
+    placement: _builtins.str
+    admission: _builtins.str
+    arrivals: _builtins.int
+    both_dispatched: _builtins.int
+    both_rejected: _builtins.int
+    rejections_made: _builtins.int
+    """by the shadow alone, as "avoided" ones are by the acting policies alone"""
+    rejections_avoided: _builtins.int
+    same_prefill: _builtins.int
+    """of both_dispatched, as the next two"""
+    same_decode: _builtins.int
+    same_workers: _builtins.int
+    ttft_difference_s: _builtins.float
+    """sum over both_dispatched of the shadow's prediction minus the acting one"""
+    second_checks: _builtins.int
+    second_rejections_made: _builtins.int
+    second_rejections_avoided: _builtins.int
+    def __init__(
+        self,
+        *,
+        placement: _builtins.str = ...,
+        admission: _builtins.str = ...,
+        arrivals: _builtins.int = ...,
+        both_dispatched: _builtins.int = ...,
+        both_rejected: _builtins.int = ...,
+        rejections_made: _builtins.int = ...,
+        rejections_avoided: _builtins.int = ...,
+        same_prefill: _builtins.int = ...,
+        same_decode: _builtins.int = ...,
+        same_workers: _builtins.int = ...,
+        ttft_difference_s: _builtins.float = ...,
+        second_checks: _builtins.int = ...,
+        second_rejections_made: _builtins.int = ...,
+        second_rejections_avoided: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "arrivals", b"arrivals", "both_dispatched", b"both_dispatched", "both_rejected", b"both_rejected", "placement", b"placement", "rejections_avoided", b"rejections_avoided", "rejections_made", b"rejections_made", "same_decode", b"same_decode", "same_prefill", b"same_prefill", "same_workers", b"same_workers", "second_checks", b"second_checks", "second_rejections_avoided", b"second_rejections_avoided", "second_rejections_made", b"second_rejections_made", "ttft_difference_s", b"ttft_difference_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowState: _TypeAlias = ShadowState  # noqa: Y015
+
+@_typing.final
+class ReceiptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    tenant: _builtins.str
+    """whose request it must be"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiptsRequest: _TypeAlias = ReceiptsRequest  # noqa: Y015
+
+@_typing.final
+class ReceiptsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """of how many requests that ended receipts are kept"""
+    @_builtins.property
+    def documents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """JSON, one for each choice of the request; none if it is not known, or no longer"""
+
+    def __init__(
+        self,
+        *,
+        documents: _abc.Iterable[_builtins.str] | None = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiptsReply: _TypeAlias = ReceiptsReply  # noqa: Y015
 
 @_typing.final
 class WorkerState(_message.Message):

@@ -44,6 +44,11 @@ class ConductorStub:
                 request_serializer=perigee_dot_scheduler_dot_scheduler__pb2.ClusterRequest.SerializeToString,
                 response_deserializer=perigee_dot_scheduler_dot_scheduler__pb2.ClusterState.FromString,
                 _registered_method=True)
+        self.Receipts = channel.unary_unary(
+                '/perigee.scheduler.Conductor/Receipts',
+                request_serializer=perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsRequest.SerializeToString,
+                response_deserializer=perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsReply.FromString,
+                _registered_method=True)
 
 
 class ConductorServicer:
@@ -62,6 +67,12 @@ class ConductorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Receipts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ConductorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +85,11 @@ def add_ConductorServicer_to_server(servicer, server):
                     servicer.Cluster,
                     request_deserializer=perigee_dot_scheduler_dot_scheduler__pb2.ClusterRequest.FromString,
                     response_serializer=perigee_dot_scheduler_dot_scheduler__pb2.ClusterState.SerializeToString,
+            ),
+            'Receipts': grpc.unary_unary_rpc_method_handler(
+                    servicer.Receipts,
+                    request_deserializer=perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsRequest.FromString,
+                    response_serializer=perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +146,33 @@ class Conductor:
             '/perigee.scheduler.Conductor/Cluster',
             perigee_dot_scheduler_dot_scheduler__pb2.ClusterRequest.SerializeToString,
             perigee_dot_scheduler_dot_scheduler__pb2.ClusterState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Receipts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.scheduler.Conductor/Receipts',
+            perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsRequest.SerializeToString,
+            perigee_dot_scheduler_dot_scheduler__pb2.ReceiptsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,7 @@ class ConductorStub:
     Attach: _grpc.StreamStreamMultiCallable[_scheduler_pb2.ServerEvent, _scheduler_pb2.Command]
     """One stream per server. When it breaks, the Conductor forgets the server's requests."""
     Cluster: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ClusterRequest, _scheduler_pb2.ClusterState]
+    Receipts: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ReceiptsRequest, _scheduler_pb2.ReceiptsReply]
 
 @_typing.type_check_only
 class ConductorAsyncStub(ConductorStub):
@@ -41,6 +42,7 @@ class ConductorAsyncStub(ConductorStub):
     Attach: _aio.StreamStreamMultiCallable[_scheduler_pb2.ServerEvent, _scheduler_pb2.Command]  # type: ignore[assignment]
     """One stream per server. When it breaks, the Conductor forgets the server's requests."""
     Cluster: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ClusterRequest, _scheduler_pb2.ClusterState]  # type: ignore[assignment]
+    Receipts: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ReceiptsRequest, _scheduler_pb2.ReceiptsReply]  # type: ignore[assignment]
 
 class ConductorServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +59,12 @@ class ConductorServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.ClusterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ClusterState, _abc.Awaitable[_scheduler_pb2.ClusterState]]: ...
+
+    @_abc_1.abstractmethod
+    def Receipts(
+        self,
+        request: _scheduler_pb2.ReceiptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.ReceiptsReply, _abc.Awaitable[_scheduler_pb2.ReceiptsReply]]: ...
 
 def add_ConductorServicer_to_server(servicer: ConductorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

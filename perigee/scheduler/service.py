@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 
 import grpc
 
@@ -12,11 +13,16 @@ from perigee.kvstore.directory_pb2_grpc import add_DirectoryServicer_to_server
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.scheduler import scheduler_pb2_grpc as rpc
 from perigee.scheduler.conductor import Conductor
-from perigee.scheduler.config import ConductorConfig
+from perigee.scheduler.config import ConductorConfig, parse_policies
+from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.driver import Driver, Outbox
 from perigee.scheduler.errors import InvalidMessage, SchedulerError
 from perigee.scheduler.ids import ServerId, WorkerId
-from perigee.scheduler.wire import command_to_pb, event_from_pb
+from perigee.scheduler.journal import Journal
+from perigee.scheduler.policies import make_policies
+from perigee.scheduler.profile_file import read_profile
+from perigee.scheduler.shadow import Shadow
+from perigee.scheduler.wire import command_to_pb, error_to_pb, event_from_pb, shadow_to_pb
 from perigee.workers.wire import card_to_pb, report_to_pb
 
 _log = logging.getLogger(__name__)
@@ -26,10 +32,18 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
 
 
 async def run(config: ConductorConfig) -> None:
-    """Serves until cancelled. Raises SchedulerError if `config.listen` cannot be listened on."""
+    """Serves until cancelled. Raises SchedulerError if `config.listen` cannot be listened on, the profile not be read,
+    or a file not be written.
+    """
+    profile = _profile(config)
+    async with Journal.opened(config, profile) as journal:
+        await _serve(config, _conductor(config, profile), journal)
+
+
+async def _serve(config: ConductorConfig, conductor: Conductor, journal: Journal) -> None:
     server = config.access.server(_OPTIONS)
     directory = _directory(config, server)
-    driver = Driver(Conductor(), directory, config.tick_s, config.access)
+    driver = Driver(conductor, directory, config.tick_s, journal, config.access)
     # Milliseconds, so that a Conductor that comes later has a larger epoch.
     rpc.add_ConductorServicer_to_server(ConductorService(driver, directory, time.time_ns() // 1_000_000), server)
     port = _listen(server, config.listen)
@@ -49,6 +63,24 @@ def _directory(config: ConductorConfig, server: grpc.aio.Server) -> Directory:
     directory = InMemoryDirectory()
     add_DirectoryServicer_to_server(directory, server)
     return directory
+
+
+def _conductor(config: ConductorConfig, profile: CostProfile) -> Conductor:
+    """Its policies and its shadow's are as configured, and each has its own."""
+    shadow = Shadow(make_policies(**asdict(parse_policies(config.shadow)))) if config.shadow else None
+    return Conductor(
+        make_policies(**asdict(config.policies), role_hold_s=config.role_hold_s), profile, shadow, config.receipts
+    )
+
+
+def _profile(config: ConductorConfig) -> CostProfile:
+    """What predictions start from, before they are corrected by what workers do. Says in the log where it is from."""
+    if config.profile is None:
+        _log.warning("cost model method='guessed': no profile was given, so the first predictions may be far off")
+        return CostProfile()
+    read = read_profile(config.profile)
+    _log.info("cost model %s path=%s", read.origin, config.profile)
+    return read.profile
 
 
 def _listen(server: grpc.aio.Server, listen: str) -> int:
@@ -100,7 +132,12 @@ class ConductorService(rpc.ConductorServicer):
     ) -> pb.ClusterState:
         statuses = await self._driver.store_statuses()
         view = self._driver.conductor.view
-        state = pb.ClusterState(epoch=self._epoch, ready=view.ready(self._driver.now))
+        state = pb.ClusterState(
+            epoch=self._epoch,
+            ready=view.ready(self._driver.now),
+            ttft_error=error_to_pb(view.ttft_error.summary()),
+            tbt_error=error_to_pb(view.tbt_error.summary()),
+        )
         if view.card is not None:
             state.card.CopyFrom(card_to_pb(view.card))
         for member in self._directory.members:
@@ -111,4 +148,17 @@ class ConductorService(rpc.ConductorServicer):
                 worker = view.workers.get(WorkerId(member.id))
                 report = report_to_pb(worker.report) if worker and worker.report else None
                 state.workers.append(pb.WorkerState(member=announced, report=report))
+        if (shadow := self._driver.conductor.shadow) is not None:
+            state.shadow.CopyFrom(shadow_to_pb(shadow))
         return state
+
+    async def Receipts(
+        self,
+        request: pb.ReceiptsRequest,
+        context: "grpc.aio.ServicerContext[pb.ReceiptsRequest, pb.ReceiptsReply]",
+    ) -> pb.ReceiptsReply:
+        receipts = self._driver.conductor.receipts
+        theirs = [receipt for receipt in receipts.find(request.request_id) if receipt.tenant == request.tenant]
+        return pb.ReceiptsReply(
+            documents=[self._driver.journal.document(receipt) for receipt in theirs], limit=receipts.limit
+        )

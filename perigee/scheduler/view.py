@@ -1,28 +1,42 @@
 """The cluster as the Conductor knows it. Only the Conductor changes it; policies read it."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from perigee.scheduler.cost import CostModel, CostProfile, Error
+from perigee.scheduler.accuracy import Accuracy
+from perigee.scheduler.commands import Drain, Replicate, SetRole, Trim
+from perigee.scheduler.copy_log import CopyLog
+from perigee.scheduler.cost import CostModel, CostProfile
 from perigee.scheduler.events import BlockEvents, RequestArrived, WorkerJoined
+from perigee.scheduler.fairness import Ranks, Shares
+from perigee.scheduler.fleet import Fleet
+from perigee.scheduler.forecast import Forecast
+from perigee.scheduler.hot_prefixes import HotPrefixes
 from perigee.scheduler.ids import NodeId, RequestKey, ServerId, WorkerId
-from perigee.scheduler.plan import Plan
+from perigee.scheduler.lengths import LengthModel
+from perigee.scheduler.move_counts import MoveCounts
+from perigee.scheduler.outlook import Coming
+from perigee.scheduler.plan import Plan, PrefillEstimate
 from perigee.scheduler.pools import Pools
 from perigee.scheduler.prefixes import PrefixIndex
+from perigee.scheduler.prompt_queue import PlacedPrefill, PromptQueue
+from perigee.scheduler.roster import Roster
 from perigee.scheduler.slo import NO_SLO, Slo
-from perigee.scheduler.worker_view import NO_DEMAND, DecodeLoad, Demand, PlacedDecode, PlacedPrefill, WorkerView
+from perigee.scheduler.store_view import StoreView
+from perigee.scheduler.transfers import Transfers
+from perigee.scheduler.worker_view import NO_DEMAND, DecodeLoad, Demand, WorkerView
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import ModelCard, WorkerReport
-
-# A worker reports four times a second. One that is silent for this long is stopped or cut off, and gets no more work.
-STALE_AFTER_S = 5.0
 
 # Who failed an attempt is remembered for this long, in case the server submits the next one.
 FAILURE_MEMORY_S = 30.0
 
-# Weight of one finished request in the mean output length.
-_LENGTH_WEIGHT = 0.05
+
+
+# Weight of one finished request in the mean time that decoding takes.
+_DECODE_WEIGHT = 0.05
 
 
 class Phase(Enum):
@@ -49,6 +63,8 @@ class InFlight:
     priority: int = 0
     slo: Slo = NO_SLO
     demand: Demand = NO_DEMAND
+    work_s: float = 0.0  # to compute its prompt, as predicted
+    rank: float = 0.0
     placed_at: float = 0.0
     phase: Phase = Phase.PREFILL
     phase_at: float = 0.0  # when it came to its phase
@@ -62,40 +78,41 @@ class FailedAttempt:
     at: float
 
 
-@dataclass(slots=True)
-class StoreView:
-    """A store node whose blocks are known up to `next_seq`. While `resyncing`, its events are of no use.
-
-    It can hold `num_slots` blocks, 0 while that is not known.
-    """
-
-    incarnation: str
-    next_seq: int
-    num_slots: int
-    resyncing: bool = False
-
-
 class ClusterView:
-    """Workers, store nodes, prefix locations and requests in flight."""
+    """Workers, store nodes, prefix locations and requests in flight. `weights` are of tenants whose fair share is not
+    that of one."""
 
-    def __init__(self, profile: CostProfile) -> None:
+    def __init__(self, profile: CostProfile, weights: Mapping[str, float] | None = None) -> None:
+        self.profile = profile
         self.costs = CostModel(profile)
         self.workers: dict[WorkerId, WorkerView] = {}
         self.stores: dict[NodeId, StoreView] = {}
         self.prefixes = PrefixIndex()
+        self.fleet = Fleet(profile)
+        self.transfers = Transfers()
+        self.move_counts = MoveCounts()
+        self.hot_prefixes = HotPrefixes(self.prefixes, profile)
+        self.copy_log = CopyLog()
+        self._roster = Roster(self.fleet, self.workers, self.stores, self.prefixes)
         self.requests: dict[RequestKey, InFlight] = {}
         self.failed: dict[RequestKey, FailedAttempt] = {}
         self.card: ModelCard | None = None
-        self.ttft_error = Error()
-        self.tbt_error = Error()
-        self.mean_output_tokens: float | None = None
+        self.ttft_error = Accuracy()
+        self.tbt_error = Accuracy()
+        self.lengths = LengthModel()
+        self.forecast = Forecast(self.lengths)
+        self.ranks = Ranks(weights)
+        self.shares = Shares(weights)
+        self.mean_decode_s = math.inf  # until an answer has ended
+        self._num_decoded = 0
+        self._demand: tuple[RequestArrived, ModelCard, Demand] | None = None  # of the last request
         self._num_dispatched = 0
 
     # ---- what policies ask
 
     def pools(self, now: float) -> Pools:
         """The workers that may be given work."""
-        return Pools.of(worker for worker in self.workers.values() if self._usable(worker, now))
+        return self._roster.pools(now)
 
     def ready(self, now: float) -> bool:
         """Whether each phase has a worker whose store node is known."""
@@ -104,18 +121,10 @@ class ClusterView:
     def demand(self, request: RequestArrived) -> Demand:
         """What a request takes, in pages of the model's blocks. Needs a card, hence a worker."""
         assert self.card is not None
-        max_len = min(request.num_tokens + request.max_tokens, self.card.max_context)
-        return Demand.of(request.num_tokens, max_len, self.card.block_tokens)
-
-    def stores_for(self, num_blocks: int) -> frozenset[NodeId]:
-        """The store nodes that could hold this many blocks, those included of which that is not known yet."""
-        return frozenset(
-            node for node, store in self.stores.items() if not store.num_slots or num_blocks <= store.num_slots
-        )
-
-    def expected_output_tokens(self, max_tokens: int) -> float:
-        """How long an answer will be, from the answers so far."""
-        return max_tokens if self.mean_output_tokens is None else min(max_tokens, self.mean_output_tokens)
+        if self._demand is None or self._demand[0] is not request or self._demand[1] is not self.card:
+            max_len = min(request.num_tokens + request.max_tokens, self.card.max_context)
+            self._demand = request, self.card, Demand.of(request.num_tokens, max_len, self.card.block_tokens)
+        return self._demand[2]
 
     # ---- requests
 
@@ -125,9 +134,11 @@ class ClusterView:
         self._num_dispatched += 1
         prefill, decode = plan.prefill.worker, plan.decode.worker
         prefill.last_chosen = decode.last_chosen = self._num_dispatched
-        prefill.prefills[key] = PlacedPrefill(plan.prefill.new_tokens, now)
-        remaining_s = plan.ttft_s - request.age_s + plan.tbt_s * self.expected_output_tokens(request.max_tokens)
-        decode.decodes[key] = PlacedDecode(DecodeLoad(1, demand.pages, demand.num_tokens), now + remaining_s)
+        rank = self.ranks.rank(request, plan.prefill.compute_s, len(self.workers))
+        self._queue_prompt(key, plan.prefill, rank, now)
+        decode.add_decode(key, DecodeLoad(1, demand.pages, demand.num_tokens))
+        self.fleet.refresh_queue(prefill)
+        self.fleet.refresh_load(decode)
         self.requests[key] = InFlight(
             ref=request.ref,
             prefill=prefill.id,
@@ -141,83 +152,180 @@ class ClusterView:
             priority=request.priority,
             slo=request.slo,
             demand=demand,
+            work_s=plan.prefill.compute_s,
+            rank=rank,
             placed_at=now,
             phase_at=now,
+        )
+        self._note_copies(request, plan, now)
+        self.shares.take(request.tenant, demand.pages)
+        self.forecast.place(key, decode, self._coming(request, demand, plan, now), now)
+
+    def _queue_prompt(self, key: RequestKey, prefill: PrefillEstimate, rank: float, now: float) -> None:
+        """Books the prompt on its worker, and what it pulls on the store nodes."""
+        prompt = PlacedPrefill(prefill.new_tokens, prefill.prefix_tokens, prefill.work_s, rank, now)
+        prefill.worker.queue.add(key, prompt, now)
+        numbers = self.prefixes.numbers
+        if prefill.source:
+            source, target = numbers[NodeId(prefill.source)], numbers[prefill.worker.store]
+            self.transfers.book(source, target, prefill.way.transfer_s, now)
+
+    def _note_copies(self, request: RequestArrived, plan: Plan, now: float) -> None:
+        """What the request misses on its node, and the copies that it leaves behind."""
+        assert self.card is not None
+        keys, prefill, block_tokens = request.block_keys, plan.prefill, self.card.block_tokens
+        self.hot_prefixes.note(request, prefill, block_tokens, now)
+        self.copy_log.use(keys, now)
+        if prefill.source:
+            here = (prefill.prefix_tokens - prefill.remote_tokens) // block_tokens
+            fetched = keys[here : -(-prefill.prefix_tokens // block_tokens)]
+            self.copy_log.add(prefill.worker.store, fetched, now)
+        if plan.decode_source:
+            self.copy_log.add(plan.decode.worker.store, keys, now)
+
+    def _coming(self, request: RequestArrived, demand: Demand, plan: Plan, now: float) -> Coming:
+        """What its decode worker has to expect."""
+        return Coming(
+            starts_at=now + plan.ttft_s - request.age_s,
+            odds=self.lengths.odds(request.num_tokens, request.max_tokens, request.tenant),
+            context_tokens=request.num_tokens,
+            pages=demand.pages,
+            tbt_s=request.slo.tbt_s,
+            work_s=plan.prefill.compute_s,
         )
 
     def end_prefill(self, key: RequestKey, now: float) -> None:
         """The prefill worker has nothing to compute for this request any more."""
         request = self.requests[key]
         request.phase, request.phase_at = Phase.HANDOVER, now
-        self.workers[request.prefill].prefills.pop(key, None)
+        prefill = self.workers[request.prefill]
+        prefill.queue.remove(key, now)
+        self.fleet.refresh(prefill)
+        self.forecast.prefilled(key, request.decode, now)
+        self.ranks.served(request.rank, request.priority)
 
-    def drop(self, key: RequestKey) -> None:
+    def start_decode(self, key: RequestKey, now: float) -> None:
+        """The decode worker has it in its batch."""
+        request = self.requests[key]
+        request.phase, request.phase_at = Phase.DECODE, now
+        self.forecast.joined(key, request.decode, now)
+
+    def drop(self, key: RequestKey, now: float) -> None:
         """Takes a request off the books, if it is on them."""
         request = self.requests.pop(key, None)
         if request is None:
             return
         if prefill := self.workers.get(request.prefill):
-            prefill.prefills.pop(key, None)
+            prefill.queue.remove(key, now)
+            self.fleet.refresh_queue(prefill)
         if decode := self.workers.get(request.decode):
-            decode.decodes.pop(key, None)
+            decode.remove_decode(key)
+            self.fleet.refresh_load(decode)
+        self.shares.give_back(request.tenant, request.demand.pages)
+        self.forecast.drop(key, request.decode)
 
-    def drop_server(self, server: ServerId) -> None:
+    def drop_server(self, server: ServerId, now: float) -> None:
         """Takes all that a server asked for off the books."""
         for key in [key for key in self.requests if key.server == server]:
-            self.drop(key)
+            self.drop(key, now)
         for key in [key for key in self.failed if key.server == server]:
             del self.failed[key]
 
     def pass_time(self, now: float) -> None:
         """Drops the memory of failures that no new attempt has followed, and of how workers were that did nothing."""
         self.costs.relax((worker.cost for worker in self.workers.values()), now)
+        for worker in self.workers.values():
+            self.fleet.refresh(worker)
         for key in [key for key, failed in self.failed.items() if now - failed.at > FAILURE_MEMORY_S]:
             del self.failed[key]
 
-    def count_output(self, output_tokens: int) -> None:
-        """Learns from the length of a finished answer."""
-        mean = self.mean_output_tokens
-        self.mean_output_tokens = output_tokens if mean is None else mean + _LENGTH_WEIGHT * (output_tokens - mean)
+    def count_output(self, request: InFlight, output_tokens: int, mean_tbt_s: float) -> None:
+        """Learns from a finished answer. One that was taken up after a failure says nothing of its whole length."""
+        if request.ref.attempt == 0 and output_tokens > 0:
+            self.lengths.observe(request.num_tokens, request.max_tokens, request.tenant, output_tokens)
+            self._num_decoded += 1
+            decode_s = (output_tokens - 1) * mean_tbt_s
+            before_s = self.mean_decode_s if self._num_decoded > 1 else decode_s
+            self.mean_decode_s = before_s + max(_DECODE_WEIGHT, 1 / self._num_decoded) * (decode_s - before_s)
 
     # ---- workers
 
-    def add_worker(self, joined: WorkerJoined) -> None:
+    def add_worker(self, joined: WorkerJoined, now: float) -> None:
         """Enters a new incarnation of a worker; the one before is lost."""
         if before := self.workers.get(joined.worker_id):
-            self.lose_worker(before.id, before.incarnation)
-        cost = self.costs.new_worker()
-        self.workers[joined.worker_id] = WorkerView(
-            joined.worker_id, joined.incarnation, joined.address, joined.store, cost
-        )
+            self.lose_worker(before.id, before.incarnation, now)
+        cost, row = self.costs.new_worker(), self.fleet.take_row()
+        queue = PromptQueue(self.fleet.work, row)
+        worker = WorkerView(joined.worker_id, joined.incarnation, joined.address, joined.store, cost, row, queue)
+        self.workers[worker.id] = worker
+        self.fleet.enter(worker)
 
-    def lose_worker(self, worker_id: WorkerId, incarnation: str) -> None:
+    def lose_worker(self, worker_id: WorkerId, incarnation: str, now: float) -> None:
         """Drops a worker, and the requests that needed it still. Does nothing if it is another incarnation by now."""
         worker = self.workers.get(worker_id)
         if worker is None or worker.incarnation != incarnation:
             return
-        del self.workers[worker_id]
         for key in [*worker.prefills, *worker.decodes]:
-            self.drop(key)
+            self.drop(key, now)
+        del self.workers[worker_id]
+        self.fleet.remove(worker)
+        self._roster.changed()
         self._elect_card()
 
     def update_worker(self, worker: WorkerView, report: WorkerReport, now: float) -> None:
         """Takes in what a worker says about itself."""
+        self.move_counts.role_changes += worker.report is not None and worker.report.role != report.role
         worker.take_report(report, now)
+        self.forecast.reported(worker.id, report.steps_total, now)
         if self.card is None:
             self.card = report.card
         worker.excluded = _identity(report.card) != _identity(self.card)
+        self.fleet.refresh(worker)
+        self._roster.heard(worker, now)
+
+    # ---- moves
+
+    def move(self, move: Drain | Replicate | Trim | SetRole, now: float) -> None:
+        """Takes in what is about to be moved. What comes of it, workers and store nodes will tell."""
+        counts = self.move_counts
+        match move:
+            case Drain():
+                counts.drains += move.draining
+                self._drain(move)
+            case Replicate():
+                counts.replications += 1
+                counts.replicated_blocks += len(move.keys)
+                self._book_copy(move, now)
+            case Trim():
+                counts.trims += 1
+                counts.trimmed_blocks += len(move.keys)
+
+    def _drain(self, drain: Drain) -> None:
+        worker = self.workers.get(drain.worker_id)
+        if worker is not None and worker.incarnation == drain.incarnation:
+            worker.draining = drain.draining
+            self._roster.changed()
+
+    def _book_copy(self, copy: Replicate, now: float) -> None:
+        assert self.card is not None
+        numbers = self.prefixes.numbers
+        seconds = self.profile.transfer_s(float(len(copy.keys) * self.card.block_tokens))
+        self.transfers.book(numbers[copy.source], numbers[copy.node_id], seconds, now)
 
     # ---- store nodes
 
     def update_store(self, events: BlockEvents) -> bool:
         """Takes in what changed on a store node. False if events are missing before these, which are then unused."""
+        store = self.stores.get(events.node_id)
         if events.snapshot:
             self.prefixes.forget(events.node_id)
-        elif not self._continues(events):
+        elif store is None or not store.continues_with(events):
             return False
         self.prefixes.apply(events.node_id, events.events)
         next_seq = events.first_seq + len(events.events)
         self.stores[events.node_id] = StoreView(events.incarnation, next_seq, events.num_slots)
+        if events.snapshot or store is None or store.num_slots != events.num_slots:
+            self._roster.changed()
         return True
 
     def lose_store(self, node_id: NodeId, incarnation: str) -> None:
@@ -225,26 +333,9 @@ class ClusterView:
         store = self.stores.get(node_id)
         if store is not None and store.incarnation == incarnation:
             del self.stores[node_id]
+            self.transfers.forget(self.prefixes.numbers[node_id])
             self.prefixes.forget(node_id)
-
-    def _continues(self, events: BlockEvents) -> bool:
-        store = self.stores.get(events.node_id)
-        return (
-            store is not None
-            and not store.resyncing
-            and store.incarnation == events.incarnation
-            and store.next_seq == events.first_seq
-        )
-
-    def _usable(self, worker: WorkerView, now: float) -> bool:
-        return (
-            worker.report is not None
-            and not worker.report.draining
-            and not worker.draining
-            and not worker.excluded
-            and now - worker.reported_at <= STALE_AFTER_S
-            and worker.store in self.stores
-        )
+            self._roster.changed()
 
     def _elect_card(self) -> None:
         """The first worker's card is the cluster's for as long as anyone shows it; then the next one's is."""

@@ -1,11 +1,13 @@
 """Between the messages of `scheduler.proto` and the watches, and the values that the Conductor handles."""
 
 import math
+from dataclasses import asdict
 
 from perigee.kvstore import store_pb2
 from perigee.kvstore.blocks import KEY_BYTES, BlockKey
 from perigee.kvstore.messages import BlockEvent, Tier
 from perigee.scheduler import scheduler_pb2 as pb
+from perigee.scheduler.accuracy import ErrorSummary
 from perigee.scheduler.commands import Dispatch, Proceed, Reject, ServerCommand, WorkerAddress
 from perigee.scheduler.errors import InvalidMessage
 from perigee.scheduler.events import (
@@ -19,7 +21,8 @@ from perigee.scheduler.events import (
     RequestEvent,
 )
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
-from perigee.scheduler.slo import Slo
+from perigee.scheduler.shadow import Shadow
+from perigee.scheduler.slo import MAX_PRIORITY, MIN_PRIORITY, Slo
 from perigee.workers import worker_pb2
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import WorkerReport
@@ -41,8 +44,7 @@ def event_from_pb(server: ServerId, message: pb.ServerEvent) -> RequestEvent:
         case "joined":
             return Joined(server, ref)
         case "finished":
-            finished = message.finished
-            return Finished(server, ref, finished.output_tokens, _seconds("mean_tbt_s", finished.mean_tbt_s))
+            return _finished(server, ref, message.finished)
         case "failed":
             return Failed(server, ref, WorkerId(message.failed.worker_id), message.failed.code)
         case "cancelled":
@@ -62,7 +64,7 @@ def _arrived(server: ServerId, ref: Ref, message: pb.RequestArrived) -> RequestA
         max_tokens=message.max_tokens,
         age_s=_seconds("age_s", message.age_s),
         tenant=message.tenant,
-        priority=message.priority,
+        priority=_priority(message.priority),
         slo=Slo(_bound("slo_ttft_s", message.slo_ttft_s), _bound("slo_tbt_s", message.slo_tbt_s)),
     )
 
@@ -76,6 +78,18 @@ def _prefill_done(server: ServerId, ref: Ref, message: pb.PrefillDone) -> Prefil
         load_s=_seconds("load_s", message.load_s),
         compute_s=_seconds("compute_s", message.compute_s),
         ttft_s=_seconds("ttft_s", message.ttft_s),
+        cached_ssd_tokens=message.cached_ssd_tokens,
+        cached_remote_tokens=message.cached_remote_tokens,
+    )
+
+
+def _finished(server: ServerId, ref: Ref, message: pb.Finished) -> Finished:
+    return Finished(
+        server=server,
+        ref=ref,
+        output_tokens=message.output_tokens,
+        mean_tbt_s=_seconds("mean_tbt_s", message.mean_tbt_s),
+        max_tbt_s=_seconds("max_tbt_s", message.max_tbt_s),
     )
 
 
@@ -144,6 +158,15 @@ def _reject(command: Reject) -> pb.Reject:
     )
 
 
+def error_to_pb(summary: ErrorSummary) -> pb.PredictionError:
+    return pb.PredictionError(**asdict(summary))
+
+
+def shadow_to_pb(shadow: Shadow) -> pb.ShadowState:
+    names = shadow.policies.names
+    return pb.ShadowState(placement=names.placement, admission=names.admission, **asdict(shadow.tally))
+
+
 def _address(address: WorkerAddress) -> pb.WorkerAddress:
     return pb.WorkerAddress(id=address.id, address=address.address, incarnation=address.incarnation)
 
@@ -152,6 +175,12 @@ def _key(key: bytes) -> BlockKey:
     if len(key) != KEY_BYTES:
         raise InvalidMessage(f"block key: has {len(key)} bytes, allowed are {KEY_BYTES}")
     return BlockKey(key)
+
+
+def _priority(value: int) -> int:
+    if not MIN_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidMessage(f"priority: is {value}, allowed are {MIN_PRIORITY} to {MAX_PRIORITY}")
+    return value
 
 
 def _bound(field: str, value: float) -> float:

@@ -17,7 +17,7 @@ from perigee.server.accounting import Accounting
 from perigee.server.config import ServerConfig
 from perigee.server.errors import ApiError, from_status
 from perigee.server.gateway import Gateway
-from perigee.server.routes import cluster, health, models
+from perigee.server.routes import cluster, health, models, receipts
 from perigee.server.routes.chat import ChatEndpoint
 from perigee.server.routes.completions import CompletionsEndpoint
 from perigee.workers.model.checkpoint import resolve, tokenizer_digest
@@ -39,6 +39,7 @@ def build(gateway: Gateway) -> Starlette:
         Route(ChatEndpoint.path, chat, methods=["POST"]),
         *models.routes(gateway),
         *cluster.routes(gateway),
+        *receipts.routes(gateway),
         *health.routes(gateway),
     ]
     handlers = {ApiError: _api_error, HTTPException: _routing_error, Exception: _bug}

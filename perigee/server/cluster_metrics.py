@@ -34,6 +34,8 @@ _STORE_COUNTERS = {
     "ssd_spilled_total": ("perigee_store_ssd_spilled_blocks", "Blocks written to SSD"),
     "ssd_corrupt_total": ("perigee_store_ssd_corrupt_blocks", "Blocks on SSD that were torn or changed"),
     "pulled_total": ("perigee_store_pulled_blocks", "Blocks pulled from other nodes"),
+    "replicated_total": ("perigee_store_replicated_blocks", "Blocks pulled because they are asked for often elsewhere"),
+    "trimmed_total": ("perigee_store_trimmed_blocks", "Blocks dropped because other nodes have them"),
     "failed_pulls_total": ("perigee_store_failed_pulls", "Blocks that were to be pulled and did not come"),
     "remote_corrupt_total": ("perigee_store_remote_corrupt_blocks", "Blocks received whose checksum was wrong"),
     "served_total": ("perigee_store_served_blocks", "Blocks sent to other nodes"),
@@ -51,6 +53,19 @@ _STORE_GAUGES = {
     "ssd_blocks": ("perigee_store_ssd_blocks", "Blocks that can be read from SSD"),
     "ssd_state": ("perigee_store_ssd_state", "SSD tier: 0 there is none, 1 on, 2 failed and off"),
 }
+_SHADOW_COUNTERS = {
+    "arrivals": ("perigee_shadow_arrivals", "Requests that the shadow was asked about"),
+    "both_dispatched": ("perigee_shadow_both_dispatched", "Requests that both would serve"),
+    "both_rejected": ("perigee_shadow_both_rejected", "Requests that both reject"),
+    "rejections_made": ("perigee_shadow_rejections_made", "Requests that the shadow alone would reject"),
+    "rejections_avoided": ("perigee_shadow_rejections_avoided", "Requests that the shadow alone would serve"),
+    "same_prefill": ("perigee_shadow_same_prefill", "Requests that both would prefill on the same worker"),
+    "same_decode": ("perigee_shadow_same_decode", "Requests that both would decode on the same worker"),
+    "same_workers": ("perigee_shadow_same_workers", "Requests that both would send to the same two workers"),
+    "second_checks": ("perigee_shadow_second_checks", "Computed prompts that the shadow was asked about"),
+    "second_rejections_made": ("perigee_shadow_second_rejections_made", "Of those the shadow alone would reject"),
+    "second_rejections_avoided": ("perigee_shadow_second_rejections_avoided", "Of those the shadow alone would serve"),
+}
 
 
 class ClusterCollector(Collector):
@@ -62,13 +77,30 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         state = self._state() or pb.ClusterState()
         yield GaugeMetricFamily("perigee_ready", "Whether there is a worker for each phase", value=state.ready)
+        yield from _of_predictions("ttft", state.ttft_error)
+        yield from _of_predictions("tbt", state.tbt_error)
         yield from _of_workers(state)
         yield from _of_stores(state)
+        if state.HasField("shadow"):
+            yield from _of_shadow(state.shadow)
         yield GaugeMetricFamily(
             "perigee_orphaned_blocks",
             "Blocks leased or reserved with no living owner",
             value=sum(store.status.orphaned_blocks for store in state.stores),
         )
+
+
+def _of_predictions(what: str, error: pb.PredictionError) -> Iterator[Metric]:
+    """All over the last few hundred requests."""
+    text = f"|predicted - actual| / actual of the {what.upper()}"
+    quantiles = GaugeMetricFamily(f"perigee_{what}_prediction_error", text, labels=["quantile"])
+    quantiles.add_metric(["0.5"], error.p50)
+    quantiles.add_metric(["0.9"], error.p90)
+    yield quantiles
+    yield GaugeMetricFamily(f"perigee_{what}_prediction_error_mean", f"Mean of {text}", value=error.mean)
+    bias = f"Median of (predicted - actual) / actual of the {what.upper()}"
+    yield GaugeMetricFamily(f"perigee_{what}_prediction_bias", bias, value=error.bias)
+    yield GaugeMetricFamily(f"perigee_{what}_predictions", "Predictions that were compared", value=error.count)
 
 
 def _of_workers(state: pb.ClusterState) -> Iterator[Metric]:
@@ -87,3 +119,17 @@ def _of_stores(state: pb.ClusterState) -> Iterator[Metric]:
             for store in state.stores:
                 family.add_metric([store.member.id], getattr(store.status, field))
             yield family
+
+
+def _of_shadow(shadow: pb.ShadowState) -> Iterator[Metric]:
+    labels = ["placement", "admission"]
+    values = [shadow.placement, shadow.admission]
+    for field, (name, text) in _SHADOW_COUNTERS.items():
+        counter = CounterMetricFamily(name, text, labels=labels)
+        counter.add_metric(values, getattr(shadow, field))
+        yield counter
+    # Can be negative, so it is no counter.
+    text = "Sum over what both would serve of the shadow's predicted TTFT minus the acting policies'"
+    difference = GaugeMetricFamily("perigee_shadow_ttft_difference_seconds_sum", text, labels=labels)
+    difference.add_metric(values, shadow.ttft_difference_s)
+    yield difference

@@ -9,7 +9,6 @@ from types import TracebackType
 import grpc
 
 from perigee.kvstore.access import OPEN, Access
-from perigee.kvstore.blocks import BlockKey
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
 from perigee.workers.client import CHANNEL_OPTIONS
@@ -62,13 +61,10 @@ class Talk:
     ) -> None:
         self._client.forget(self._ref)
 
-    async def arrive(
-        self, block_keys: tuple[BlockKey, ...], num_tokens: int, max_tokens: int, age_s: float
-    ) -> pb.Dispatch:
+    async def arrive(self, event: pb.RequestArrived) -> pb.Dispatch:
         """Asks where to run. Raises Rejected, or ConductorLost if the stream broke before the answer came."""
         while not self._inbox.empty():  # what an earlier, broken stream left behind
             self._inbox.get_nowait()
-        event = pb.RequestArrived(block_keys=block_keys, num_tokens=num_tokens, max_tokens=max_tokens, age_s=age_s)
         command = await self._ask(pb.ServerEvent(ref=ref_to_pb(self._ref), arrived=event))
         return command.dispatch
 
@@ -81,8 +77,8 @@ class Talk:
     def joined(self) -> None:
         self._tell(pb.ServerEvent(ref=ref_to_pb(self._ref), joined=pb.Joined()))
 
-    def finished(self, output_tokens: int, mean_tbt_s: float) -> None:
-        event = pb.Finished(output_tokens=output_tokens, mean_tbt_s=mean_tbt_s)
+    def finished(self, output_tokens: int, mean_tbt_s: float, max_tbt_s: float) -> None:
+        event = pb.Finished(output_tokens=output_tokens, mean_tbt_s=mean_tbt_s, max_tbt_s=max_tbt_s)
         self._tell(pb.ServerEvent(ref=ref_to_pb(self._ref), finished=event))
 
     def failed(self, worker_id: str, code: str) -> None:
@@ -182,6 +178,14 @@ class ConductorClient:
                 logger.warning("conductor unreachable target=%s code=%s", self._target, error.code().name)
             self._reachable = False
         return self._state
+
+    async def receipts(self, request_id: str, tenant: str) -> pb.ReceiptsReply:
+        """What the Conductor has written down about a request of this tenant. Raises ConductorLost."""
+        request = pb.ReceiptsRequest(request_id=request_id, tenant=tenant)
+        try:
+            return await self._stub.Receipts(request, timeout=_STATE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise ConductorLost from error
 
     async def _stay_informed(self) -> None:
         while True:

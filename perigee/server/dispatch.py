@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -18,7 +19,7 @@ from perigee.server.errors import (
     TimedOut,
     Unavailable,
 )
-from perigee.server.job import Job, Output, Progress, cached_by_tier
+from perigee.server.job import Job, Output, Prediction, Progress, cached_by_tier
 from perigee.server.leg import AttemptFailed, Leg
 from perigee.server.metrics import Metrics
 from perigee.server.worker_pool import WorkerPool
@@ -83,7 +84,7 @@ class Dispatcher:
                 talk.cancelled()
                 raise
             logger.info("sequence finished ref=%s tokens=%d", sequence.ref, progress.num_tokens)
-            talk.finished(progress.num_tokens, progress.mean_tbt_s)
+            talk.finished(progress.num_tokens, progress.mean_tbt_s, progress.max_tbt_s)
 
     async def _placed(self, progress: Progress, sequence: Sequence, talk: Talk) -> pb.Dispatch:
         """Where the Conductor wants the attempt to run; a Conductor that restarts meanwhile is asked again."""
@@ -91,48 +92,47 @@ class Dispatcher:
             async with asyncio.timeout(self._config.conductor_wait_s):
                 while True:
                     await self._conductor.attached()
-                    age_s = time.monotonic() - progress.job.arrived_s
                     with suppress(ConductorLost):
-                        return await talk.arrive(
-                            sequence.block_keys, len(sequence.token_ids), progress.remaining, age_s
-                        )
+                        return await talk.arrive(_arrival(progress, sequence))
         raise Unavailable("the Conductor does not answer")
 
     async def _carry_out(self, progress: Progress, sequence: Sequence, talk: Talk, plan: pb.Dispatch) -> None:
         ref = sequence.ref
         logger.info("sequence dispatched ref=%s prefill=%s decode=%s", ref, plan.prefill.id, plan.decode.id)
         with Leg(plan.prefill.id, (await self._workers.get(plan.prefill)).open(ref)) as prefill:
-            prefill.start(sequence, plan.prefill_source)
-            if plan.decode.id == plan.prefill.id or progress.remaining == 1:
-                await self._coupled(progress, talk, prefill)
+            is_coupled = plan.decode.id == plan.prefill.id
+            prefill.start(sequence, plan.prefill_source, plan.rank, "mixed" if is_coupled else "prefill")
+            if is_coupled or progress.remaining == 1:
+                await self._coupled(progress, talk, prefill, plan)
             else:
                 with Leg(plan.decode.id, (await self._workers.get(plan.decode)).open(ref)) as decode:
-                    decode.prepare(sequence, plan.decode_source)
-                    await self._disaggregated(progress, talk, prefill, decode, ref.attempt, plan.decode_source)
+                    decode.prepare(sequence, plan.decode_source, plan.rank)
+                    await self._disaggregated(progress, talk, prefill, decode, ref.attempt, plan)
 
-    async def _coupled(self, progress: Progress, talk: Talk, worker: Leg) -> None:
-        if not await self._first_token(progress, talk, await worker.expect(PrefillDone)):
+    async def _coupled(self, progress: Progress, talk: Talk, worker: Leg, plan: pb.Dispatch) -> None:
+        if not await self._first_token(progress, talk, await worker.expect(PrefillDone), plan):
             talk.joined()
             await self._decode(progress, worker)
 
     async def _disaggregated(
-        self, progress: Progress, talk: Talk, prefill: Leg, decode: Leg, attempt: int, source: str
+        self, progress: Progress, talk: Talk, prefill: Leg, decode: Leg, attempt: int, plan: pb.Dispatch
     ) -> None:
         # Where the output ends with the first token, leaving the legs cancels both: prefill's leases, decode's pages.
-        if not await self._first_token(progress, talk, await _unless_fails(prefill.expect(PrefillDone), decode)):
-            decode.start(progress.sequence(attempt), source)
+        done = await _unless_fails(prefill.expect(PrefillDone), decode)
+        if not await self._first_token(progress, talk, done, plan):
+            decode.start(progress.sequence(attempt), plan.decode_source, plan.rank, "decode")
             await _unless_fails(decode.expect(DecodeJoined), prefill)
             prefill.joined()
             talk.joined()
             await self._decode(progress, decode)
 
-    async def _first_token(self, progress: Progress, talk: Talk, done: PrefillDone) -> bool:
+    async def _first_token(self, progress: Progress, talk: Talk, done: PrefillDone, plan: pb.Dispatch) -> bool:
         """Takes the first token once the Conductor lets the attempt proceed. Returns whether it was the last, too."""
         cached = cached_by_tier(done.cached_tokens_dram, done.cached_tokens_ssd, done.cached_tokens_remote)
         with suppress(TimeoutError):  # a Conductor that hangs holds up nothing that it has admitted
             async with asyncio.timeout(self._config.conductor_wait_s):
                 await talk.prefill_done(_report(progress, done, sum(cached.values())))
-        if progress.admit(sum(cached.values())):
+        if progress.admit(sum(cached.values()), Prediction(plan.predicted_ttft_s, plan.predicted_tbt_s)):
             self._metrics.count_cached(cached)
         return self._add(progress, done)
 
@@ -211,6 +211,21 @@ async def _unless_fails(message: Coroutine[Any, Any, T], other: Leg) -> T:
         await asyncio.gather(said, failed, return_exceptions=True)
 
 
+def _arrival(progress: Progress, sequence: Sequence) -> pb.RequestArrived:
+    """Later attempts are not held to the TTFT that the first was promised: they are to go on as soon as they can."""
+    job = progress.job
+    return pb.RequestArrived(
+        block_keys=sequence.block_keys,
+        num_tokens=len(sequence.token_ids),
+        max_tokens=progress.remaining,
+        age_s=time.monotonic() - job.arrived_s,
+        tenant=job.tenant,
+        priority=job.priority,
+        slo_ttft_s=0.0 if sequence.ref.attempt or math.isinf(job.slo.ttft_s) else job.slo.ttft_s,
+        slo_tbt_s=0.0 if math.isinf(job.slo.tbt_s) else job.slo.tbt_s,
+    )
+
+
 def _report(progress: Progress, done: PrefillDone, cached_tokens: int) -> pb.PrefillDone:
     return pb.PrefillDone(
         cached_tokens=cached_tokens,
@@ -218,6 +233,8 @@ def _report(progress: Progress, done: PrefillDone, cached_tokens: int) -> pb.Pre
         load_s=done.load_s,
         compute_s=done.compute_s,
         ttft_s=time.monotonic() - progress.job.arrived_s,
+        cached_ssd_tokens=done.cached_tokens_ssd,
+        cached_remote_tokens=done.cached_tokens_remote,
     )
 
 

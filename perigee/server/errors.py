@@ -59,6 +59,14 @@ class ModelNotFound(ApiError):
     code = "model_not_found"
 
 
+class ReceiptNotFound(ApiError):
+    """Of this request no receipt is kept, or it is another tenant's."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "receipt_not_found"
+
+
 class BodyTooLarge(ApiError):
     """The request's body is larger than this server reads."""
 

@@ -37,7 +37,7 @@ class Gateway:
         cls, config: ServerConfig, tokenizer: Tokenizer, tokenizer_digest: str = ""
     ) -> AsyncIterator["Gateway"]:
         """Connected to the cluster, as far as it is there, until the context is left. Raises KeysFileError."""
-        tenants = Tenants.load(config.api_keys_file)
+        tenants = Tenants.load(config.api_keys_file, config.slos)
         async with (
             ConductorClient.connected(config.conductor, config.cluster_poll_s, config.access) as conductor,
             WorkerPool.opened(config.access) as workers,

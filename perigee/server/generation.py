@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from perigee.server.closing import Closing
 from perigee.server.dispatch import Dispatcher
 from perigee.server.errors import ApiError
-from perigee.server.job import Job
+from perigee.server.job import Job, Prediction
 from perigee.server.transcript import Piece, Transcript
 from perigee.workers.engine.sequence import FinishReason, Token
 
@@ -20,6 +20,7 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    prediction: Prediction | None = None  # of the choice that was admitted first
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,11 @@ class Generation:
     async def _run_choice(self, choice: Choice, prefilled: asyncio.Event | None = None) -> None:
         await self._dispatcher.run(choice.job, _Sink(self, choice, prefilled), self._admitted)
 
-    def admit(self, cached_tokens: int) -> None:
+    def admit(self, cached_tokens: int, prediction: Prediction) -> None:
         """Called by a choice's sink, with the tokens that the choice found cached in its prompt."""
         self._admitted.set()
         self.tally.cached_tokens += cached_tokens
+        self.tally.prediction = self.tally.prediction or prediction
 
     def take(self, choice: Choice, token: Token, reason: FinishReason) -> bool:
         """Called by a choice's sink."""
@@ -109,9 +111,9 @@ class _Sink:
         self._choice = choice
         self._prefilled = prefilled
 
-    def admitted(self, cached_tokens: int) -> None:
+    def admitted(self, cached_tokens: int, prediction: Prediction) -> None:
         if self._prefilled is not None:
-            self._generation.admit(cached_tokens)
+            self._generation.admit(cached_tokens, prediction)
             self._prefilled.set()
 
     def feed(self, token: Token, reason: FinishReason) -> bool:

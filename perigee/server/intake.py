@@ -17,6 +17,7 @@ from perigee.server.job import Job, Prompt, prompt_keys
 from perigee.server.schema import GenerationRequest
 from perigee.server.tenants import Tenant
 from perigee.server.transcript import Transcript
+from perigee.server.urgency import Urgency, urgency_of
 from perigee.workers.engine.sequence import Sampling
 from perigee.workers.messages import ModelCard
 
@@ -52,9 +53,11 @@ class Call(Generic[R]):
             raise InvalidRequest(text, param="n")
         _check_tokens(self.request.stop_token_ids or (), self.card, "stop_token_ids")
         seed = secrets.randbits(64) if self.request.seed is None else self.request.seed % 2**64
+        config = self.gateway.config
+        urgency = urgency_of(self.tenant, self.request.priority, self.request.service_tier, config)
         samplings = [self._sampling(prompt, default_max_tokens) for prompt in prompts]
         return [
-            [self._choice(index * n + j, j, prompt, sampling, seed, echo) for j in range(n)]
+            [self._choice(index * n + j, j, prompt, sampling, seed, echo, urgency) for j in range(n)]
             for index, (prompt, sampling, echo) in enumerate(zip(prompts, samplings, echoes, strict=True))
         ]
 
@@ -83,7 +86,9 @@ class Call(Generic[R]):
             )
         return asked
 
-    def _choice(self, index: int, draw: int, prompt: Prompt, sampling: Sampling, seed: int, echo: str) -> Choice:
+    def _choice(
+        self, index: int, draw: int, prompt: Prompt, sampling: Sampling, seed: int, echo: str, urgency: Urgency
+    ) -> Choice:
         job = Job(
             request_id=self.request_id,
             choice=index,
@@ -95,6 +100,9 @@ class Call(Generic[R]):
             salt=self.tenant.salt,
             arrived_s=self.arrived_s,
             deadline_s=time.time() + self.gateway.config.request_timeout_s,
+            tenant=self.tenant.name,
+            priority=urgency.priority,
+            slo=urgency.slo,
         )
         transcript = Transcript(index, self.gateway.tokenizer, prompt.token_ids, self.request.stop, sampling.min_tokens)
         return Choice(job, transcript, echo)

@@ -6,14 +6,23 @@ from typing import Protocol
 
 from perigee.kvstore import blocks
 from perigee.kvstore.blocks import BlockKey
+from perigee.scheduler.slo import NO_SLO, Slo
 from perigee.workers.engine.sequence import FinishReason, Ref, Sampling, Sequence, Token
 from perigee.workers.messages import ModelCard
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the Conductor expected of an attempt, in seconds from the request's arrival."""
+
+    ttft_s: float = 0.0
+    tbt_s: float = 0.0
 
 
 class Output(Protocol):
     """Where a choice's tokens go."""
 
-    def admitted(self, cached_tokens: int) -> None:
+    def admitted(self, cached_tokens: int, prediction: Prediction) -> None:
         """The prompt is computed, all but `cached_tokens` of it, and the first token may go out. Called once."""
 
     def feed(self, token: Token, reason: FinishReason) -> bool:
@@ -46,6 +55,9 @@ class Job:
     salt: bytes
     arrived_s: float
     deadline_s: float
+    tenant: str = ""
+    priority: int = 0  # higher goes first
+    slo: Slo = NO_SLO
 
 
 class Progress:
@@ -61,6 +73,7 @@ class Progress:
         self._tokens: list[int] = []
         self._first_at_s = 0.0
         self._last_at_s = 0.0
+        self.max_tbt_s = 0.0  # 0 if there were fewer than two tokens
 
     @property
     def num_tokens(self) -> int:
@@ -94,18 +107,21 @@ class Progress:
             draw=job.draw,
         )
 
-    def admit(self, cached_tokens: int) -> bool:
+    def admit(self, cached_tokens: int, prediction: Prediction) -> bool:
         """An attempt may proceed. Returns whether it is the first: later ones find our own blocks cached."""
         first = not self._admitted
         if first:
             self._admitted = True
-            self._output.admitted(min(cached_tokens, len(self.job.prompt.token_ids)))
+            self._output.admitted(min(cached_tokens, len(self.job.prompt.token_ids)), prediction)
         return first
 
     def add(self, token: Token, reason: FinishReason, now_s: float) -> tuple[float, bool]:
         """Takes the next token. Returns the seconds since the last one (or arrival), and whether the output ended."""
         gap_s = now_s - (self._last_at_s if self._tokens else self.job.arrived_s)
-        self._first_at_s = self._first_at_s if self._tokens else now_s
+        if self._tokens:
+            self.max_tbt_s = max(self.max_tbt_s, gap_s)
+        else:
+            self._first_at_s = now_s
         self._last_at_s = now_s
         self._tokens.append(token.token)
         if reason is FinishReason.NOT_FINISHED and self.remaining == 0:

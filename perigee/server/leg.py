@@ -40,11 +40,12 @@ class Leg:
             self._channel.cancel()
         self._channel.__exit__(exc_type, exc, tb)
 
-    def start(self, sequence: Sequence, source: str = "") -> None:
-        self._channel.start(sequence, source)
+    def start(self, sequence: Sequence, source: str, rank: float, role: str) -> None:
+        """A worker that has another role by now fails the attempt."""
+        self._channel.start(sequence, source, rank=rank, role=role)
 
-    def prepare(self, sequence: Sequence, source: str = "") -> None:
-        self._channel.prepare(sequence, source)
+    def prepare(self, sequence: Sequence, source: str, rank: float) -> None:
+        self._channel.prepare(sequence, source, rank=rank)
 
     def joined(self) -> None:
         """To a prefill worker: its part is over."""

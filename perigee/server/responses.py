@@ -1,5 +1,6 @@
 """The answers of the API, in OpenAI's form. Fields that were not set are left out; null ones are there as null."""
 
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel
@@ -12,11 +13,19 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class Predicted(BaseModel):
+    """What the scheduler expected: an extension, so that load generators can tell how well it did."""
+
+    ttft_s: float
+    tbt_s: float
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    perigee_predicted: Predicted | None
 
     @classmethod
     def of(cls, tally: Tally) -> "Usage":
@@ -25,6 +34,7 @@ class Usage(BaseModel):
             completion_tokens=tally.completion_tokens,
             total_tokens=tally.prompt_tokens + tally.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=tally.cached_tokens),
+            perigee_predicted=Predicted(**asdict(tally.prediction)) if tally.prediction else None,
         )
 
 

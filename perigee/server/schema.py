@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from perigee.scheduler.slo import MAX_PRIORITY, MIN_PRIORITY
 from perigee.workers.engine.sequence import Sampling
 
 MAX_STOPS = 16
@@ -120,6 +121,8 @@ class GenerationRequest(_Model):
     ] = ()
     stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_UINT32)], ...], Field(strict=False)] | None = None
     ignore_eos: bool | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=-MIN_PRIORITY)  # as vLLM has it: the lower, the sooner
+    service_tier: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -19,6 +19,7 @@ from perigee.scheduler.events import (
     WorkerJoined,
 )
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
+from perigee.scheduler.policies import make_policies
 from perigee.workers.engine.sequence import Ref
 from perigee.workers.messages import ModelCard, WorkerReport
 
@@ -68,8 +69,8 @@ def only(commands: list[Command], kind: type[_Command]) -> _Command:
 class Cluster:
     """Feeds a Conductor. `now` is the test's to move."""
 
-    def __init__(self, profile: CostProfile = PROFILE) -> None:
-        self.conductor = Conductor(profile=profile)
+    def __init__(self, profile: CostProfile = PROFILE, admission: str = "perigee") -> None:
+        self.conductor = Conductor(make_policies(admission=admission), profile)
         self.now = 100.0
         self._arrivals: dict[Ref, RequestArrived] = {}
 
@@ -107,15 +108,17 @@ class Cluster:
         attempt: int = 0,
         salt: int = 0,
         server: ServerId = SERVER,
+        **more: object,
     ) -> list[Command]:
-        ref = Ref(request_id, 0, attempt)
-        return self.hear(RequestArrived(server, ref, keys(num_tokens, salt), num_tokens, max_tokens))
+        """`more` are further fields of the event."""
+        arrived = RequestArrived(server, Ref(request_id, 0, attempt), keys(num_tokens, salt), num_tokens, max_tokens)
+        return self.hear(replace(arrived, **more))  # type: ignore[arg-type]
 
     def dispatch(self, request_id: str, num_tokens: int = 64, max_tokens: int = 32, **arrival: object) -> Dispatch:
         return only(self.arrive(request_id, num_tokens, max_tokens, **arrival), Dispatch)  # type: ignore[arg-type]
 
-    def reject(self, request_id: str, num_tokens: int = 64, max_tokens: int = 32) -> Reject:
-        return only(self.arrive(request_id, num_tokens, max_tokens), Reject)
+    def reject(self, request_id: str, num_tokens: int = 64, max_tokens: int = 32, **arrival: object) -> Reject:
+        return only(self.arrive(request_id, num_tokens, max_tokens, **arrival), Reject)  # type: ignore[arg-type]
 
     def prefill_done(self, request_id: str, attempt: int = 0, **fields: object) -> list[Command]:
         return self.hear(PrefillDone(SERVER, Ref(request_id, 0, attempt), **fields))  # type: ignore[arg-type]
@@ -130,9 +133,9 @@ class Cluster:
         return self.hear(Failed(SERVER, Ref(request_id, 0, attempt), WorkerId(worker_id), "internal"))
 
 
-def one_of_each(prefill: int = 1, decode: int = 1) -> Cluster:
+def one_of_each(prefill: int = 1, decode: int = 1, admission: str = "perigee") -> Cluster:
     """A cluster of `p0`, `p1` … and `d0`, `d1` … around one store node."""
-    cluster = Cluster()
+    cluster = Cluster(admission=admission)
     cluster.add_store()
     for index in range(prefill):
         cluster.add_worker(f"p{index}", "prefill")

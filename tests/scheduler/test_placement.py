@@ -1,18 +1,21 @@
 """Which workers a request goes to."""
 
+from dataclasses import replace
+
 import pytest
 
 from perigee.kvstore.messages import BlockEvent
+from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.events import BlockEvents
 from perigee.scheduler.ids import NodeId, WorkerId
-from tests.scheduler.cluster import Cluster, keys, one_of_each
+from tests.scheduler.cluster import PROFILE, Cluster, keys, one_of_each
 
 LEFT, RIGHT = NodeId("left"), NodeId("right")
 
 
-def two_hosts() -> Cluster:
+def two_hosts(profile: CostProfile = PROFILE) -> Cluster:
     """A prefill and a decode worker on each of two hosts."""
-    cluster = Cluster()
+    cluster = Cluster(profile)
     for node in (LEFT, RIGHT):
         cluster.add_store(node)
         cluster.add_worker(f"p-{node}", "prefill", node)
@@ -67,11 +70,9 @@ def test_past_a_long_queue_the_other_node_pulls_the_cached_prefix() -> None:
 
 
 def test_what_is_faster_computed_than_pulled_is_computed() -> None:
-    cluster = two_hosts()
+    cluster = two_hosts(replace(PROFILE, prefill_token_s=1e-5))
     hold(cluster, LEFT, 960)
     cluster.report("p-left", "prefill", queued_prefill_tokens=5000)
-    for worker in cluster.conductor.view.workers.values():
-        worker.cost.prefill.factor = 0.01
     dispatch = cluster.dispatch("r", num_tokens=1000)
     assert (dispatch.prefill.id, dispatch.prefill_source) == ("p-right", "")
     assert dispatch.predicted_ttft_s == pytest.approx(0.01)
@@ -97,8 +98,11 @@ def test_decode_of_a_busy_store_node_goes_to_another_which_pulls_the_blocks(busy
 
 def test_workers_that_differ_by_less_than_predictions_can_tell_take_turns() -> None:
     cluster = one_of_each(prefill=2, decode=2)
-    cluster.conductor.view.workers[WorkerId("p1")].cost.prefill.factor = 1.02
-    cluster.conductor.view.workers[WorkerId("d1")].cost.step.factor = 1.02
+    view = cluster.conductor.view
+    view.workers[WorkerId("p1")].cost.prefill.factor = 1.02
+    view.workers[WorkerId("d1")].cost.step.factor = 1.02
+    for name in ("p1", "d1"):
+        view.fleet.refresh(view.workers[WorkerId(name)])
     chosen = []
     for index in range(4):
         dispatch = cluster.dispatch(f"r{index}")

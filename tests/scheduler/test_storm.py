@@ -140,8 +140,9 @@ def test_books_agree_throughout_and_are_empty_when_all_servers_are_gone(storm: l
         conductor.handle(ServerLost(server), now)
     assert not conductor.view.requests
     assert not conductor.view.failed
-    assert all(not worker.placed_prefill_tokens() for worker in conductor.view.workers.values())
-    assert all(worker.placed_load() == DecodeLoad() for worker in conductor.view.workers.values())
+    assert all(not worker.prefills for worker in conductor.view.workers.values())
+    assert all(worker.placed == DecodeLoad() for worker in conductor.view.workers.values())
+    assert not len(conductor.view.fleet.work)
 
 
 def assert_books_agree(conductor: Conductor) -> None:
@@ -150,7 +151,7 @@ def assert_books_agree(conductor: Conductor) -> None:
     for worker in view.workers.values():
         assert set(worker.decodes) == {key for key, request in view.requests.items() if request.decode == worker.id}
         assert set(worker.prefills) <= {key for key, request in view.requests.items() if request.prefill == worker.id}
-        assert worker.queued_prefill_tokens >= 0
+        assert worker.placed == sum(worker.decodes.values(), DecodeLoad())
         assert min(worker.load.sequences, worker.load.pages, worker.load.context_tokens) >= 0
     for request in view.requests.values():
         assert request.decode in view.workers

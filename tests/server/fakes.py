@@ -88,6 +88,8 @@ class FakeConductor(FakeServer, scheduler_pb2_grpc.ConductorServicer):
         self.decode: FakeWorker | None = None
         self.answers: list[pb.Command] = []  # used up first, in order; a command without content: no answer at all
         self.answers_prefill_done: list[pb.Command] = []
+        self.predicts = (0.0, 0.0)  # TTFT and TBT
+        self.receipts: dict[tuple[str, str], list[str]] = {}  # of a tenant's request
 
     def register(self, server: grpc.aio.Server) -> None:
         scheduler_pb2_grpc.add_ConductorServicer_to_server(self, server)
@@ -107,6 +109,9 @@ class FakeConductor(FakeServer, scheduler_pb2_grpc.ConductorServicer):
     async def Cluster(self, request: Any, context: Any) -> pb.ClusterState:
         return self.state
 
+    async def Receipts(self, request: Any, context: Any) -> pb.ReceiptsReply:
+        return pb.ReceiptsReply(documents=self.receipts.get((request.tenant, request.request_id), ()), limit=77)
+
     def events(self, kind: str) -> list[pb.ServerEvent]:
         return [event for event in self.heard.items if event.WhichOneof("event") == kind]
 
@@ -123,7 +128,13 @@ class FakeConductor(FakeServer, scheduler_pb2_grpc.ConductorServicer):
 
     def dispatch(self) -> pb.Dispatch:
         assert self.prefill and self.decode
-        return pb.Dispatch(prefill=self.prefill.where(), decode=self.decode.where())
+        ttft_s, tbt_s = self.predicts
+        return pb.Dispatch(
+            prefill=self.prefill.where(),
+            decode=self.decode.where(),
+            predicted_ttft_s=ttft_s,
+            predicted_tbt_s=tbt_s,
+        )
 
 
 def _next(scripted: list[pb.Command], default: pb.Command) -> list[pb.Command]:

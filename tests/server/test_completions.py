@@ -21,6 +21,14 @@ async def test_answers_with_the_workers_text_and_counts_tokens(front: Cluster, c
     assert answer.usage.prompt_tokens_details.cached_tokens == 4
 
 
+async def test_usage_tells_what_the_scheduler_expected(front: Cluster, client: AsyncOpenAI) -> None:
+    front.answers("hello world", eos=True)
+    front.conductor.predicts = (0.25, 0.0625)
+    answer = await client.completions.create(model="tiny", prompt="the quick brown fox", max_tokens=50)
+    assert answer.usage is not None and answer.usage.model_extra is not None
+    assert answer.usage.model_extra["perigee_predicted"] == {"ttft_s": 0.25, "tbt_s": 0.0625}
+
+
 async def test_streams_one_chunk_per_token(front: Cluster, client: AsyncOpenAI) -> None:
     front.answers("hello world over")
     tokens = front.tokenizer.encode("hello world over")

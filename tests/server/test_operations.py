@@ -12,6 +12,7 @@ from openai import AsyncOpenAI
 from pydantic import ValidationError
 
 from perigee.scheduler import scheduler_pb2 as pb
+from perigee.scheduler.scheduler_pb2 import PredictionError
 from perigee.server.config import ServerConfig
 from perigee.server.tenants import KeysFileError, Tenants, tenant_salt
 from tests.server.conftest import Cluster, fronted
@@ -91,6 +92,18 @@ async def test_metrics_count_requests_tokens_and_the_cluster(front: Cluster, cli
     assert lines['perigee_worker_prompt_tokens_computed_total{role="prefill",worker="prefill-0"}'] == "7.0"
     assert lines['perigee_store_stored_blocks_total{store="store-0"}'] == "6.0"
     assert lines["perigee_orphaned_blocks"] == "0.0"
+
+
+async def test_metrics_tell_how_good_predictions_were(front: Cluster) -> None:
+    front.conductor.state.ttft_error.CopyFrom(PredictionError(count=7, mean=0.125, p50=0.0625, p90=0.25, bias=-0.5))
+    await get(f"{front.url}/cluster")  # which asks for the state
+    _, text = await get(f"{front.url}/metrics")
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert lines['perigee_ttft_prediction_error{quantile="0.5"}'] == "0.0625"
+    assert lines['perigee_ttft_prediction_error{quantile="0.9"}'] == "0.25"
+    assert lines["perigee_ttft_prediction_error_mean"] == "0.125"
+    assert lines["perigee_ttft_prediction_bias"] == "-0.5"
+    assert (lines["perigee_ttft_predictions"], lines["perigee_tbt_predictions"]) == ("7.0", "0.0")
 
 
 async def test_what_outlives_the_grace_period_is_told_that_the_server_stops(

@@ -1,35 +1,52 @@
 """The interface of placement policies, and what they share."""
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from perigee.scheduler.events import RequestArrived
-from perigee.scheduler.plan import DecodeEstimate, Plan, PrefillEstimate
+from perigee.scheduler.placement.candidates import Candidates
+from perigee.scheduler.placement.prefill import PrefillOptions
+from perigee.scheduler.plan import DecodeEstimate, Plan
 from perigee.scheduler.pools import Pools
 from perigee.scheduler.view import ClusterView
-
-# Predictions that differ by less say nothing about who is better. To always follow them would send everything to one of
-# two equal workers.
-NEAR = 1.05
 
 
 class Placement(Protocol):
     """Chooses the workers of a request."""
 
     def place(self, view: ClusterView, pools: Pools, request: RequestArrived, now: float) -> Plan:
-        """The plan over `pools`, which hold at least one worker for each phase."""
+        """The plan over `pools`, which hold at least one worker for each phase. Changes nothing in the view."""
         ...
 
 
-Estimate = TypeVar("Estimate", PrefillEstimate, DecodeEstimate)
+def decode_candidates(view: ClusterView, pools: Pools, request: RequestArrived, prefill_row: int) -> Candidates:
+    """Who may decode what was prefilled there, by predicted TBT."""
+    rows = pools.decoder_rows_after(view.fleet.worker(prefill_row))
+    return Candidates(rows, view.fleet.step_s(view.demand(request))[rows])
 
 
-def best(estimates: Sequence[Estimate]) -> Estimate:
-    """The least recently chosen worker of those that are as good as the best. `estimates` is not empty."""
-    return min(near(estimates), key=lambda estimate: (estimate.worker.last_chosen, estimate.worker.id))
+def decode_estimate(view: ClusterView, request: RequestArrived, row: int) -> DecodeEstimate:
+    """What decoding comes to on one worker."""
+    worker = view.fleet.worker(row)
+    return DecodeEstimate(worker, worker.step_s(view.demand(request)))
 
 
-def near(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Those as good as the best."""
-    limit_s = NEAR * min(estimate.seconds for estimate in estimates)
-    return [estimate for estimate in estimates if estimate.seconds <= limit_s]
+def make_plan(
+    view: ClusterView,
+    request: RequestArrived,
+    options: PrefillOptions,
+    chosen: tuple[int, int],
+    considered: tuple[list[int], list[int]],
+) -> Plan:
+    """The plan for the rows `chosen` for the two phases, with others that were `considered`."""
+    first = options.estimate(chosen[0])
+    second = decode_estimate(view, request, chosen[1])
+    store = first.worker.store
+    return Plan(
+        prefill=first,
+        decode=second,
+        ttft_s=request.age_s + view.costs.handling.seconds + first.seconds,
+        tbt_s=second.seconds,
+        decode_source=store if second.worker.store != store else "",
+        considered=tuple(options.estimate(row) for row in considered[0]),
+        considered_decode=tuple(decode_estimate(view, request, row) for row in considered[1]),
+    )

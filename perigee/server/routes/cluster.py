@@ -24,6 +24,7 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 def _cluster(state: pb.ClusterState, fresh: bool) -> Json:
+    shadow = {"shadow": _fields(state.shadow, without=())} if state.HasField("shadow") else {}
     return {
         "ready": state.ready,
         "fresh": fresh,  # else the Conductor is away and this is what it said last
@@ -31,12 +32,14 @@ def _cluster(state: pb.ClusterState, fresh: bool) -> Json:
         "model": _fields(state.card, without=("namespace",)) | {"namespace": state.card.namespace.hex()},
         "workers": [_worker(worker) for worker in state.workers],
         "stores": [_store(store) for store in state.stores],
+        **shadow,
     }
 
 
 def _worker(worker: pb.WorkerState) -> Json:
     load = _fields(worker.report, without=("worker_id", "incarnation", "role", "card", "draining"))
-    return _member(worker.member) | {"role": worker.report.role, "store": worker.member.store, "load": load}
+    report = {"role": worker.report.role, "draining": worker.report.draining, "store": worker.member.store}
+    return _member(worker.member) | report | {"load": load}
 
 
 def _store(store: pb.StoreState) -> Json:

@@ -1,0 +1,194 @@
+"""What is on one decode worker, and what will be there later."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perigee.scheduler.cost import WorkerCost
+from perigee.scheduler.ids import RequestKey
+from perigee.scheduler.lengths import LengthModel, Odds
+
+Floats = NDArray[np.float64]
+
+# Rows of the table: one column for each request.
+_STARTS, _JOINED, _BORN, _ROW, _LIMIT, _REACHES, _BEYOND, _CONTEXT, _PAGES, _TBT, _WORK = range(11)
+_NUM_FIELDS = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A request that will decode on a worker: from when on, in seconds of the Conductor's clock, how long it is
+    expected to be, the tokens and pages that it takes, its bound on TBT, and the work that its prompt costs.
+    """
+
+    starts_at: float
+    odds: Odds
+    context_tokens: int
+    pages: int
+    tbt_s: float
+    work_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A decode worker's load at some moments: arrays of one number each, expected values.
+
+    A sequence holds its place and pages from its dispatch on, and adds to the batch from its first token on.
+    """
+
+    batch: Floats
+    context_tokens: Floats
+    places: Floats
+    pages: Floats
+    variance: Floats  # of the number of sequences in the batch
+
+
+class Outlook:
+    """One decode worker's requests. The Forecast alone changes it; to ask changes nothing.
+
+    A sequence's age in tokens is read off a clock that counts the worker's decode steps, as predicted.
+    """
+
+    def __init__(self, cost: WorkerCost, now: float) -> None:
+        self._cost = cost
+        self._keys: list[RequestKey] = []  # of the columns
+        self._columns: dict[RequestKey, int] = {}
+        self._table = np.zeros((_NUM_FIELDS, 8))
+        self._steps = 0.0  # at `_stepped_at`
+        self._stepped_at = now
+        self._batch = 0  # sequences that have joined
+        self._context = 0.0  # what they hold, less the steps at which they joined
+        self._reported = (0, 0.0)  # steps by the worker's own count, and by ours then
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    # ---- what happens
+
+    def add(self, key: RequestKey, coming: Coming) -> None:
+        count = len(self._columns)
+        if count == self._table.shape[1]:
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+        row, limit, reaches, beyond = coming.odds
+        born = 0.0  # not yet
+        self._table[:, count] = (
+            coming.starts_at, 0.0, born, row, limit, reaches, beyond,
+            coming.context_tokens, coming.pages, coming.tbt_s, coming.work_s,
+        )  # fmt: skip
+        self._columns[key] = count
+        self._keys.append(key)
+
+    def start(self, key: RequestKey, now: float) -> None:
+        """Its prompt is computed."""
+        if (column := self._columns.get(key)) is not None:
+            self._table[_STARTS, column] = now
+
+    def join(self, key: RequestKey, now: float) -> None:
+        """It decodes."""
+        column = self._columns.get(key)
+        if column is None or self._table[_JOINED, column]:
+            return
+        self._pass_time(now)
+        self._table[(_STARTS, _JOINED, _BORN), column] = now, 1.0, self._steps
+        self._batch += 1
+        self._context += self._table[_CONTEXT, column] - self._steps
+
+    def remove(self, key: RequestKey) -> None:
+        """Nothing is left of it, wherever it stood. The last column takes its place."""
+        column = self._columns.pop(key, None)
+        if column is None:
+            return
+        table = self._table
+        if table[_JOINED, column]:
+            self._batch -= 1
+            self._context -= table[_CONTEXT, column] - table[_BORN, column]
+        last = self._keys.pop()
+        if last != key:
+            table[:, column] = table[:, len(self._keys)]
+            self._keys[column] = last
+            self._columns[last] = column
+
+    def reported(self, steps_total: int, now: float) -> None:
+        """The worker says how many steps it has made: the clock then shows that, for as long as it is one to go by."""
+        self._pass_time(now)
+        steps_before, ours_before = self._reported
+        if 0 < steps_before < steps_total:
+            self._steps = ours_before + steps_total - steps_before
+        self._reported = steps_total, self._steps
+
+    # ---- what is expected
+
+    @property
+    def tightest_tbt_s(self) -> float:
+        """The strictest bound of all requests here; infinity if there is none."""
+        return float(self._table[_TBT, : len(self)].min(initial=np.inf))
+
+    @property
+    def last_start(self) -> float:
+        """When the last one is predicted to join; minus infinity if there is none."""
+        return float(self._table[_STARTS, : len(self)].max(initial=-np.inf))
+
+    def at(self, times: Floats, lengths: LengthModel, now: float) -> Load:
+        """The load at these moments, none of which is before `now`."""
+        table = self._table[:, : len(self)]
+        when = times[:, None]
+        age, later = self._ages(table, when, now)
+        alive = _still_there(table, lengths, age, later)
+        decoding = alive * (table[_STARTS] <= when)
+        return Load(
+            batch=decoding.sum(axis=1),
+            context_tokens=(decoding * (table[_CONTEXT] + later)).sum(axis=1),
+            places=alive.sum(axis=1),
+            pages=(alive * table[_PAGES]).sum(axis=1),
+            variance=(decoding * (1.0 - alive)).sum(axis=1),
+        )
+
+    def after(self, times: Floats, decode_s: float) -> Load:
+        """The same, did every sequence decode for `decode_s`."""
+        table = self._table[:, : len(self)]
+        when = times[:, None]
+        alive = (when < table[_STARTS] + decode_s).astype(np.float64)
+        decoding = alive * (table[_STARTS] <= when)
+        return Load(
+            batch=decoding.sum(axis=1),
+            context_tokens=(decoding * table[_CONTEXT]).sum(axis=1),
+            places=decoding.sum(axis=1),
+            pages=(decoding * table[_PAGES]).sum(axis=1),
+            variance=np.zeros(len(times)),
+        )
+
+    def broken_work_s(self, step_s: float) -> float:
+        """The work in those sequences whose bound on TBT such steps do not keep."""
+        tbt, work = self._table[_TBT, : len(self)], self._table[_WORK, : len(self)]
+        return float(work[tbt < step_s].sum())
+
+    def _ages(self, table: Floats, when: Floats, now: float) -> tuple[Floats, Floats]:
+        """Tokens generated by now, and at these times: [sequences] and [times, sequences].
+
+        From now on steps are expected to take as long as with all that was sent here in the batch.
+        """
+        joined = table[_JOINED]
+        steps = self._steps + (now - self._stepped_at) / self._step_s()
+        age = joined * np.maximum(0.0, steps - table[_BORN])
+        step_s = self._cost.step_s(len(self), float((table[_CONTEXT] + age).sum()))
+        begins = np.where(joined > 0, now, np.maximum(now, table[_STARTS]))
+        return age, age + np.maximum(0.0, when - begins) / step_s
+
+    def _step_s(self) -> float:
+        batch = max(1, self._batch)
+        return self._cost.step_s(batch, max(0.0, self._context + self._batch * self._steps))
+
+    def _pass_time(self, now: float) -> None:
+        if self._batch:
+            self._steps += max(0.0, now - self._stepped_at) / self._step_s()
+        self._stepped_at = now
+
+
+def _still_there(table: Floats, lengths: LengthModel, age: Floats, later: Floats) -> Floats:
+    """P(a sequence is longer than `later`, given that it is longer than `age`): [times, sequences]."""
+    row = table[_ROW].astype(np.intp)
+    columns = table[_LIMIT], table[_REACHES], table[_BEYOND]
+    longer = lengths.survivals(row, *columns, np.concatenate([age[None], later]))
+    known = longer[0]
+    return np.where(known > 0, longer[1:] / np.where(known > 0, known, 1.0), 0.0)
