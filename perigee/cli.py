@@ -38,6 +38,7 @@ class Command:
     positional: tuple[str, ...] = ()
     serves: bool = True  # until told to stop, which is then no failure
     supervises: bool = False  # `run` also takes the flags that its processes get
+    drains: bool = False  # told to stop it first ends what it has begun, unless it is told again
 
     @property
     def section(self) -> str:
@@ -80,6 +81,7 @@ COMMANDS = (
         "perigee.workers.config:WorkerConfig",
         "perigee.workers.service:run",
         errors=("perigee.workers.model.errors:ModelError", "perigee.kvstore.errors:StoreError"),
+        drains=True,
     ),
     Command(
         "replay",
@@ -91,11 +93,53 @@ COMMANDS = (
         serves=False,
     ),
     Command(
+        "profile",
+        "measures a cluster's workers and fits the Conductor's cost model",
+        "perigee.profiling.config:ProfileConfig",
+        "perigee.profiling.command:run",
+        errors=("perigee.profiling.errors:ProfilingError", "perigee.scheduler.errors:SchedulerError"),
+        serves=False,
+    ),
+    Command(
+        "replay-log",
+        "a recorded Conductor lived through again, to see whether it says the same",
+        "perigee.replay.relive_command:ReplayLogConfig",
+        "perigee.replay.relive_command:run",
+        errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
+        positional=("recording",),
+        serves=False,
+    ),
+    Command(
+        "simulate",
+        "the same on a simulated cluster, in virtual time, with the same scheduler and report",
+        "perigee.replay.simulator.command:SimulateConfig",
+        "perigee.replay.simulator.command:run",
+        errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
+        positional=("trace",),
+        serves=False,
+    ),
+    Command(
+        "paper",
+        "the Mooncake paper's experiments on simulated clusters, ours beside the published figures",
+        "perigee.replay.paper.command:PaperConfig",
+        "perigee.replay.paper.command:run",
+        errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
+        serves=False,
+    ),
+    Command(
         "train",
-        "a small model of Moonlight's architecture, with Muon",
+        "the built-in model of Moonlight's architecture, with Muon",
         "perigee.training.config:TrainConfig",
         "perigee.training.command:run",
         errors=("perigee.training.errors:TrainingError", "builtins:OSError"),
+        serves=False,
+    ),
+    Command(
+        "bench conductor",
+        "how fast the scheduler decides in a large cluster, and the memory that it takes to know one",
+        "perigee.bench.conductor:ConductorBenchConfig",
+        "perigee.bench.conductor:run",
+        errors=("perigee.bench.errors:BenchError",),
         serves=False,
     ),
     Command(
@@ -116,11 +160,37 @@ COMMANDS = (
         serves=False,
     ),
     Command(
+        "bench fidelity",
+        "the simulator beside a cluster that runs here, on the same requests",
+        "perigee.bench.fidelity:FidelityBenchConfig",
+        "perigee.bench.fidelity:run",
+        errors=(
+            "perigee.bench.errors:BenchError",
+            "perigee.replay.errors:ReplayError",
+            "perigee.profiling.errors:ProfilingError",
+            "perigee.scheduler.errors:SchedulerError",
+        ),
+        positional=("trace",),
+        serves=False,
+    ),
+    Command(
         "bench moba",
         "prefill with block-sparse attention beside full attention",
         "perigee.bench.moba:MobaBenchConfig",
         "perigee.bench.moba:run",
         errors=("perigee.workers.model.errors:ModelError", "perigee.bench.errors:BenchError"),
+        serves=False,
+    ),
+    Command(
+        "bench recall",
+        "whether a model finds a stated pass key again, with full attention and with MoBA",
+        "perigee.bench.recall:RecallBenchConfig",
+        "perigee.bench.recall:run",
+        errors=(
+            "perigee.workers.model.errors:ModelError",
+            "perigee.bench.errors:BenchError",
+            "perigee.training.errors:TrainingError",
+        ),
         serves=False,
     ),
     Command(
@@ -221,7 +291,7 @@ def _call(command: Command, config: BaseModel, inherited: Sequence[str]) -> int:
     arguments = (config, inherited) if command.supervises else (config,)
     try:
         if inspect.iscoroutinefunction(run):
-            return uvloop.run(_until_signal(run(*arguments), command.serves))
+            return uvloop.run(_until_signal(run(*arguments), command))
         return run(*arguments) or 0
     except (ConfigurationError, KeyboardInterrupt):
         raise
@@ -232,13 +302,15 @@ def _call(command: Command, config: BaseModel, inherited: Sequence[str]) -> int:
     return 1
 
 
-async def _until_signal(work: Awaitable[int | None], serves: bool) -> int:
-    """Awaits `work`, which SIGTERM and SIGINT cancel, once, so that it cleans up. The result is the exit code."""
+async def _until_signal(work: Awaitable[int | None], command: Command) -> int:
+    """Awaits `work`, which SIGTERM and SIGINT cancel, once, so that it cleans up; twice if it drains. The result is the
+    exit code.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []
 
     def stop(number: int) -> None:
-        if not received and task is not None:
+        if len(received) <= command.drains and task is not None:
             task.cancel()
         received.append(number)
 
@@ -249,4 +321,4 @@ async def _until_signal(work: Awaitable[int | None], serves: bool) -> int:
     except asyncio.CancelledError:
         if not received:
             raise
-        return 0 if serves else 128 + received[0]
+        return 0 if command.serves else 128 + received[0]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import os
 import secrets
@@ -16,9 +17,14 @@ from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationError, fie
 
 from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.addresses import ClusterProcess
-from perigee.kvstore.blocks import DType
+from perigee.kvstore.blocks import DTYPE_BYTES, DType
 from perigee.kvstore.config import StoreConfig, TransferName
-from perigee.scheduler.config import ConductorConfig
+from perigee.scheduler.config import AdmissionName, BalanceName, ConductorConfig, PlacementName, Shadow
+from perigee.scheduler.errors import InvalidProfile
+from perigee.scheduler.hardware import cpu
+from perigee.scheduler.model_shape import ModelShape
+from perigee.scheduler.profile_file import Origin, ProfileFile, read_profile, write_profile
+from perigee.scheduler.roofline import roofline
 from perigee.scheduler.scheduler_pb2 import ClusterRequest
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
 from perigee.server.config import ServerConfig
@@ -32,8 +38,10 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 
 
-# What is passed on to the workers has their defaults.
+# What is passed on to the other processes has their defaults.
 _WORKER = WorkerConfig.model_fields
+_SCHEDULER = ConductorConfig.model_fields
+_SERVER = ServerConfig.model_fields
 
 
 class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
@@ -76,6 +84,22 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     max_context: int = Field(
         _WORKER["max_context"].default, ge=0, description="positions a sequence may have; 0: as many as the model has"
     )
+    profile: Path | None = Field(
+        None, description="cost model, as `perigee profile` writes it; without it: a rough one of the model's shape"
+    )
+    placement: PlacementName = Field("perigee", description="policy that chooses the workers of a request")
+    admission: AdmissionName = Field("perigee", description="policy that decides which requests are served")
+    balance: BalanceName = Field(_SCHEDULER["balance"].default, description=_SCHEDULER["balance"].description)
+    role_hold_s: float = Field(
+        _SCHEDULER["role_hold_s"].default, gt=0, description=_SCHEDULER["role_hold_s"].description
+    )
+    slo_classes: tuple[str, ...] = Field(_SERVER["slo_classes"].default, description=_SERVER["slo_classes"].description)
+    default_slo_class: str = Field(
+        _SERVER["default_slo_class"].default, description=_SERVER["default_slo_class"].description
+    )
+    shadow: Shadow | None = Field(None, description=_SCHEDULER["shadow"].description)
+    receipts_file: Path | None = Field(None, description=_SCHEDULER["receipts_file"].description)
+    record: Path | None = Field(None, description=_SCHEDULER["record"].description)
     threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: one a core")
     grace_s: float = Field(10.0, gt=0, description="how long the processes may take to end, in seconds")
 
@@ -107,6 +131,7 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     _make_folders(config)
     config, environment = _with_secret(config)
     with run_directory() as directory:
+        config = _with_profile(config, model, directory)
         specs = _checked(plan(config, port, model, directory, process_flags))
         async with Children(directory, config.grace_s, environment) as children:
             for spec in specs:
@@ -134,8 +159,21 @@ def plan(
         model=str(model),
         dtype=config.dtype,
         served_model_name=config.model_name,
+        slo_classes=config.slo_classes,
+        default_slo_class=config.default_slo_class,
     )
-    yield _child("conductor", 0, "conductor", ConductorConfig(listen=conductor), process_flags)
+    scheduler = ConductorConfig(
+        listen=conductor,
+        profile=config.profile,
+        placement=config.placement,
+        admission=config.admission,
+        balance=config.balance,
+        role_hold_s=config.role_hold_s,
+        shadow=config.shadow,
+        receipts_file=config.receipts_file,
+        record=config.record,
+    )
+    yield _child("conductor", 0, "conductor", scheduler, process_flags)
     for store in stores:
         yield _child(store.id, 1, "store", store, process_flags)
     for worker in _workers(config, model, directory, stores):
@@ -172,6 +210,24 @@ def _with_secret(config: UpConfig) -> tuple[UpConfig, dict[str, str]]:
         return config, {}
     secret = secrets.token_hex(32)
     return config.model_copy(update={"cluster_secret": SecretStr(secret)}), {"PERIGEE_CLUSTER_SECRET": secret}
+
+
+def _with_profile(config: UpConfig, model: Path, directory: Path) -> UpConfig:
+    """With the cost model that the Conductor begins with: a roofline, unless there is a measured one.
+
+    Raises ConfigurationError for a profile that cannot be read, and a model that has no roofline.
+    """
+    try:
+        if config.profile is not None:
+            read_profile(config.profile)
+            return config
+        shape = ModelShape.from_config(json.loads((model / "config.json").read_text()), DTYPE_BYTES[config.dtype])
+        origin = Origin(method="roofline", model=config.model_name, machine=f"{config.worker_threads} CPU threads")
+        path = directory / "profile.yaml"
+        write_profile(path, ProfileFile.of(roofline(shape, cpu(config.worker_threads)), origin))
+        return config.model_copy(update={"profile": path})
+    except InvalidProfile as error:
+        raise ConfigurationError([f"--{'model' if config.profile is None else 'profile'}: {error}"]) from error
 
 
 def _make_folders(config: UpConfig) -> None:

@@ -25,6 +25,8 @@ class PromptKeys:
         if rest:
             raise TraceError(f"block_tokens: {size} given, allowed are divisors of {request.block_tokens}")
         ids, length = request.prefix_ids, request.input_tokens
+        if len(set(ids)) < len(ids):
+            raise TraceError(f"prefix_ids: {ids[:20]}: one is there twice, though each names all before it, too")
         return tuple(
             self._key(ids[index // per_id], index % per_id, min(size, length - index * size))
             for index in range(num_blocks(length, size))

@@ -96,7 +96,7 @@ class Forecast:
 
 def _nothing(count: int) -> Load:
     zero = np.zeros(count)
-    return Load(zero, zero, zero, zero, zero)
+    return Load(zero, zero, zero, zero)
 
 
 def _beside(worker: WorkerView, load: Load) -> Load:
@@ -109,5 +109,4 @@ def _beside(worker: WorkerView, load: Load) -> Load:
         context_tokens=load.context_tokens + foreign.context_tokens,
         places=load.places + foreign.sequences,
         pages=load.pages + foreign.pages,
-        variance=load.variance,
     )

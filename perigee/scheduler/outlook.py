@@ -41,7 +41,6 @@ class Load:
     context_tokens: Floats
     places: Floats
     pages: Floats
-    variance: Floats  # of the number of sequences in the batch
 
 
 class Outlook:
@@ -141,7 +140,6 @@ class Outlook:
             context_tokens=(decoding * (table[_CONTEXT] + later)).sum(axis=1),
             places=alive.sum(axis=1),
             pages=(alive * table[_PAGES]).sum(axis=1),
-            variance=(decoding * (1.0 - alive)).sum(axis=1),
         )
 
     def after(self, times: Floats, decode_s: float) -> Load:
@@ -155,7 +153,6 @@ class Outlook:
             context_tokens=(decoding * table[_CONTEXT]).sum(axis=1),
             places=decoding.sum(axis=1),
             pages=(decoding * table[_PAGES]).sum(axis=1),
-            variance=np.zeros(len(times)),
         )
 
     def broken_work_s(self, step_s: float) -> float:

@@ -29,11 +29,13 @@ class Roster:
         self._stores = stores
         self._prefixes = prefixes
         self._pools: Pools | None = None
-        self._until = 0.0  # when the first of those in the pools is stale, unless it reports before
+        self._until = 0.0  # nobody in the pools is stale before
         self._standings: dict[WorkerId, tuple[str, int]] = {}  # of those in the pools
 
     def pools(self, now: float) -> Pools:
         """The workers that may be given work."""
+        if now > self._until:
+            self._until = self._stale_at()
         if self._pools is None or now > self._until:
             self._pools = self._gather(now)
         return self._pools
@@ -54,8 +56,13 @@ class Roster:
         self._fleet.unseat()
         for worker in usable:
             self._fleet.seat(worker, self._prefixes.numbers[worker.store], self._stores[worker.store].num_slots)
-        self._until = min((worker.reported_at for worker in usable), default=math.inf) + STALE_AFTER_S
+        self._until = self._stale_at()
         return Pools.of(self._fleet, usable)
+
+    def _stale_at(self) -> float:
+        """When the first of those in the pools is stale, unless it reports before."""
+        known = (self._workers[worker].reported_at for worker in self._standings if worker in self._workers)
+        return min(known, default=math.inf) + STALE_AFTER_S
 
     def _standing(self, worker: WorkerView, now: float) -> tuple[str, int] | None:
         """What the pools depend on: role and size. None if it is to get no work."""

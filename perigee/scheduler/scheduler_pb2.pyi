@@ -429,6 +429,7 @@ class ClusterState(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TTFT_ERROR_FIELD_NUMBER: _builtins.int
     TBT_ERROR_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     ready: _builtins.bool
     """there is at least one worker for each phase"""
@@ -446,6 +447,8 @@ class ClusterState(_message.Message):
     def ttft_error(self) -> Global___PredictionError: ...
     @_builtins.property
     def tbt_error(self) -> Global___PredictionError: ...
+    @_builtins.property
+    def moves(self) -> Global___MoveCounts: ...
     def __init__(
         self,
         *,
@@ -457,14 +460,55 @@ class ClusterState(_message.Message):
         shadow: Global___ShadowState | None = ...,
         ttft_error: Global___PredictionError | None = ...,
         tbt_error: Global___PredictionError | None = ...,
+        moves: Global___MoveCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "shadow", b"shadow", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "moves", b"moves", "shadow", b"shadow", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "epoch", b"epoch", "ready", b"ready", "shadow", b"shadow", "stores", b"stores", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "epoch", b"epoch", "moves", b"moves", "ready", b"ready", "shadow", b"shadow", "stores", b"stores", "tbt_error", b"tbt_error", "ttft_error", b"ttft_error", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterState: _TypeAlias = ClusterState  # noqa: Y015
+
+@_typing.final
+class MoveCounts(_message.Message):
+    """What was moved while no request asked for it, since the Conductor's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICATIONS_FIELD_NUMBER: _builtins.int
+    REPLICATED_BLOCKS_FIELD_NUMBER: _builtins.int
+    TRIMS_FIELD_NUMBER: _builtins.int
+    TRIMMED_BLOCKS_FIELD_NUMBER: _builtins.int
+    DRAINS_FIELD_NUMBER: _builtins.int
+    ROLE_CHANGES_FIELD_NUMBER: _builtins.int
+    replications: _builtins.int
+    """copies that nodes were told to make, of so many blocks"""
+    replicated_blocks: _builtins.int
+    trims: _builtins.int
+    """times that nodes were told to drop copies, of so many blocks"""
+    trimmed_blocks: _builtins.int
+    drains: _builtins.int
+    """workers that were to change pools"""
+    role_changes: _builtins.int
+    """workers that did, whoever told them to"""
+    def __init__(
+        self,
+        *,
+        replications: _builtins.int = ...,
+        replicated_blocks: _builtins.int = ...,
+        trims: _builtins.int = ...,
+        trimmed_blocks: _builtins.int = ...,
+        drains: _builtins.int = ...,
+        role_changes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drains", b"drains", "replicated_blocks", b"replicated_blocks", "replications", b"replications", "role_changes", b"role_changes", "trimmed_blocks", b"trimmed_blocks", "trims", b"trims"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveCounts: _TypeAlias = MoveCounts  # noqa: Y015
 
 @_typing.final
 class PredictionError(_message.Message):

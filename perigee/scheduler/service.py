@@ -22,7 +22,7 @@ from perigee.scheduler.journal import Journal
 from perigee.scheduler.policies import make_policies
 from perigee.scheduler.profile_file import read_profile
 from perigee.scheduler.shadow import Shadow
-from perigee.scheduler.wire import command_to_pb, error_to_pb, event_from_pb, shadow_to_pb
+from perigee.scheduler.wire import command_to_pb, error_to_pb, event_from_pb, moves_to_pb, shadow_to_pb
 from perigee.workers.wire import card_to_pb, report_to_pb
 
 _log = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ class ConductorService(rpc.ConductorServicer):
             ready=view.ready(self._driver.now),
             ttft_error=error_to_pb(view.ttft_error.summary()),
             tbt_error=error_to_pb(view.tbt_error.summary()),
+            moves=moves_to_pb(view.move_counts),
         )
         if view.card is not None:
             state.card.CopyFrom(card_to_pb(view.card))

@@ -106,6 +106,7 @@ class ClusterView:
         self.mean_decode_s = math.inf  # until an answer has ended
         self._num_decoded = 0
         self._demand: tuple[RequestArrived, ModelCard, Demand] | None = None  # of the last request
+        self.ordered_prefill_s = 0.0  # what all prompts placed so far take, as predicted
         self._num_dispatched = 0
 
     # ---- what policies ask
@@ -157,6 +158,7 @@ class ClusterView:
             placed_at=now,
             phase_at=now,
         )
+        self.ordered_prefill_s += plan.prefill.load_s + plan.prefill.compute_s
         self._note_copies(request, plan, now)
         self.shares.take(request.tenant, demand.pages)
         self.forecast.place(key, decode, self._coming(request, demand, plan, now), now)

@@ -21,6 +21,7 @@ from perigee.scheduler.events import (
     RequestEvent,
 )
 from perigee.scheduler.ids import NodeId, ServerId, WorkerId
+from perigee.scheduler.move_counts import MoveCounts
 from perigee.scheduler.shadow import Shadow
 from perigee.scheduler.slo import MAX_PRIORITY, MIN_PRIORITY, Slo
 from perigee.workers import worker_pb2
@@ -160,6 +161,10 @@ def _reject(command: Reject) -> pb.Reject:
 
 def error_to_pb(summary: ErrorSummary) -> pb.PredictionError:
     return pb.PredictionError(**asdict(summary))
+
+
+def moves_to_pb(counts: MoveCounts) -> pb.MoveCounts:
+    return pb.MoveCounts(**asdict(counts))
 
 
 def shadow_to_pb(shadow: Shadow) -> pb.ShadowState:

@@ -53,6 +53,14 @@ _STORE_GAUGES = {
     "ssd_blocks": ("perigee_store_ssd_blocks", "Blocks that can be read from SSD"),
     "ssd_state": ("perigee_store_ssd_state", "SSD tier: 0 there is none, 1 on, 2 failed and off"),
 }
+_MOVE_COUNTERS = {
+    "replications": ("perigee_replications", "Times that a store node was told to copy a prefix"),
+    "replicated_blocks": ("perigee_replications_blocks", "Blocks of those prefixes"),
+    "trims": ("perigee_trims", "Times that a store node was told to drop copies"),
+    "trimmed_blocks": ("perigee_trims_blocks", "Blocks that it was told to drop"),
+    "drains": ("perigee_role_drains", "Workers that were given no more work, to change pools"),
+    "role_changes": ("perigee_role_changes", "Workers that changed pools"),
+}
 _SHADOW_COUNTERS = {
     "arrivals": ("perigee_shadow_arrivals", "Requests that the shadow was asked about"),
     "both_dispatched": ("perigee_shadow_both_dispatched", "Requests that both would serve"),
@@ -81,6 +89,8 @@ class ClusterCollector(Collector):
         yield from _of_predictions("tbt", state.tbt_error)
         yield from _of_workers(state)
         yield from _of_stores(state)
+        for field, (name, text) in _MOVE_COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=getattr(state.moves, field))
         if state.HasField("shadow"):
             yield from _of_shadow(state.shadow)
         yield GaugeMetricFamily(

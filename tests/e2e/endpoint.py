@@ -62,6 +62,7 @@ class Member:
     role: str
     pid: int
     load: Mapping[str, Any]
+    draining: bool = False  # about to end
 
     @property
     def is_at_rest(self) -> bool:
@@ -122,7 +123,7 @@ class Endpoint:
         async with _session() as http, http.get(f"{self.url}/cluster") as response:
             state = await response.json()
         entries = (*state["workers"], *state["stores"])
-        return {e["id"]: Member(e["id"], e["role"], e["pid"], e["load"]) for e in entries}
+        return {e["id"]: Member(e["id"], e["role"], e["pid"], e["load"], e.get("draining", False)) for e in entries}
 
     async def until(self, condition: Callable[[Members], object]) -> Members:
         """Polls the cluster until `condition` holds for its members, and returns them. Raises TimeoutError."""

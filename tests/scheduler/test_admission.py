@@ -78,7 +78,7 @@ def test_retry_after_is_when_the_first_place_is_predicted_to_be_free() -> None:
     cluster.add_worker("d0", "decode", free_pages=100, total_pages=100, max_sequences=1)
     dispatch = cluster.dispatch("a", num_tokens=1000, max_tokens=1000)
     drain_s = dispatch.predicted_ttft_s + 1000 * dispatch.predicted_tbt_s
-    assert cluster.reject("b").retry_after_s == pytest.approx(drain_s)
+    assert cluster.reject("b").retry_after_s == pytest.approx(drain_s, rel=0.05)
     cluster.now += dispatch.predicted_ttft_s
     cluster.prefill_done("a")
     cluster.joined("a")

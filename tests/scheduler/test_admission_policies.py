@@ -184,9 +184,9 @@ def test_the_margin_grows_with_misses_and_shrinks_with_hits() -> None:
     margin = Margin()
     for _ in range(100):
         margin.observe(missed=False)
-    assert margin.deviations == 0.0
+    assert margin.sequences == 0.0
     margin.observe(missed=True)
-    assert 0.05 < margin.deviations < 0.2
+    assert 0.1 < margin.sequences < 0.4
     for _ in range(200):
         margin.observe(missed=True)
-    assert margin.deviations == 4.0
+    assert margin.sequences == 8.0

@@ -248,8 +248,12 @@ def test_a_plan_names_the_best_alternatives_with_hits_by_tier() -> None:
     assert attempt.plan.prefill.worker.id == "p-a"
     others = {each.worker.id: each for each in attempt.plan.considered}
     assert set(others) == {"p-b", "p-c", "p-d"}
-    assert (others["p-b"].ssd_tokens, others["p-b"].remote_tokens) == (640, 320)
-    assert (others["p-c"].ssd_tokens, others["p-c"].remote_tokens, others["p-c"].source) == (0, 960, "a")
+    assert (others[WorkerId("p-b")].ssd_tokens, others[WorkerId("p-b")].remote_tokens) == (640, 320)
+    assert (
+        others[WorkerId("p-c")].ssd_tokens,
+        others[WorkerId("p-c")].remote_tokens,
+        others[WorkerId("p-c")].source,
+    ) == (0, 960, "a")
     assert [each.seconds for each in attempt.plan.considered] == sorted(each.seconds for each in others.values())
 
 

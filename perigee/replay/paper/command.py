@@ -42,21 +42,21 @@ class PaperConfig(BaseModel, frozen=True, extra="forbid"):
     )
     limit: int | None = Field(None, gt=0, description="only the first so many requests: quick, and not comparable")
     json_file: str | None = Field(None, description="write the figures as JSON to this file, - for standard output")
-    html_file: str | None = Field(None, description="write a page with tables and plots to this file")
+    html: str | None = Field(None, description="write a page with tables and plots to this file")
 
 
 def run(config: PaperConfig) -> int:
     """Raises ReplayError if there is no trace, or a file cannot be written."""
-    for file in (config.json_file, config.html_file):
+    for file in (config.json_file, config.html):
         check_json_file(file)
     lab = Lab(config.trace or _trace(), config.limit)
     _run_all(lab)
     entries = {experiment.name: experiment.entries(lab) for experiment in EXPERIMENTS}
     every = [entry for some in entries.values() for entry in some]
     Console(stderr=config.json_file == STDOUT).print(_table(every))
-    if config.html_file:
+    if config.html:
         sections = [experiment.section(lab, entries[experiment.name]) for experiment in EXPERIMENTS]
-        Path(config.html_file).write_text(_page(sections), encoding="utf-8")
+        Path(config.html).write_text(_page(sections), encoding="utf-8")
     _write_json(every, config.json_file)
     return 0
 

@@ -1,5 +1,6 @@
 """Runs what the experiments ask for, each run once, as many at a time as there are processors."""
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -76,4 +77,5 @@ class Lab:
 
 
 def _run(trial: Trial, trace: Path, limit: int | None) -> Simulated:
+    gc.disable()  # references are counted, and the process ends with the trial
     return simulate(speed_up(read_trace(trace)[:limit], trial.speed), trial.cluster)

@@ -9,6 +9,7 @@ from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.index import GroupId
 from perigee.kvstore.jobs import CancelPull, DropSegment, Job, Load, Pull, Spill
 from perigee.kvstore.messages import CommittedBlock, Fetched, LeasedBlock
+from perigee.kvstore.moves import PulledBlock
 from perigee.kvstore.store import Store
 from perigee.kvstore.waiting import Answer, Caller, Result
 from perigee.replay.simulator.clock import Clock
@@ -145,8 +146,8 @@ class Node:
             self._clock.at(max(pulling.arrives_at, now + self._network.latency_s), self._pull_ended, pulling)
 
     def _received(self, pulling: "_Pulling", blocks: Sequence[LeasedBlock]) -> None:
-        came = [(block.index, block.num_tokens, block.origin) for block in blocks]
-        self._finish(self.store.pulled_together(pulling.job, came, self._clock.now))
+        came = [PulledBlock(block.index, block.num_tokens, block.origin) for block in blocks]
+        self._finish(self.store.pulled(pulling.job, came, self._clock.now))
 
     def _pull_ended(self, pulling: "_Pulling") -> None:
         del self._pulls[pulling.job]

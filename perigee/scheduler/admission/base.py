@@ -76,8 +76,8 @@ def decode_loads(
     more: float | Floats = 1.0,
     margin: float | Floats = 0.0,
 ) -> Floats:
-    """A decode worker's load with `more` sequences of this demand: 1 where it has no place or no page to spare, or where
-    TBT, with `margin` further ones in the batch, is at its bound of `tbt_s`.
+    """A decode worker's load with `more` sequences of this demand: 1 where it has no place or no page to spare, or
+    where TBT, with `margin` further ones in the batch, is at its bound of `tbt_s`.
 
     Half a place counts as none: to round what are expected values.
     """

@@ -21,7 +21,7 @@ from perigee.scheduler.admission.base import (
 )
 from perigee.scheduler.admission.headroom import Headroom
 from perigee.scheduler.admission.margin import Margin
-from perigee.scheduler.admission.retry import Promises, drained_s
+from perigee.scheduler.admission.retry import Promises, Wish, drained_s
 from perigee.scheduler.events import RequestArrived
 from perigee.scheduler.ids import RequestKey
 from perigee.scheduler.plan import Plan
@@ -77,7 +77,7 @@ class Foresight:
         saved_s, lost_s = (broken_s - own_s, 0.0) if request.slo.tbt_s < step_s else (broken_s, own_s)
         if saved_s <= lost_s:
             return None
-        return full(drained_s(view, worker, request.demand, request.slo.tbt_s, now))
+        return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s), now, self._promises))
 
     def _late(self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float) -> Refusal | None:
         late_s = plan.ttft_s - request.slo.ttft_s * limit
@@ -90,23 +90,21 @@ class Foresight:
     def _crowded(
         self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float
     ) -> Refusal | None:
-        demand, worker = view.demand(request), plan.decode.worker
-        tbt_s = min(request.slo.tbt_s, view.forecast.tightest_tbt_s(worker))
-        if math.isinf(tbt_s):
-            load = _booked(worker, demand)
-        else:
-            load = self._foreseen(view, request, plan, tbt_s, now)
-        if load <= limit or (load <= 1.0 and not worker.load.sequences):  # an idle worker is for everyone
+        wish = self._wish(view, request, plan, limit, now)
+        load = _foreseen(view, wish, now) if wish.tbt_s < math.inf else _booked(wish.worker, wish.demand)
+        if load <= limit or (load <= 1.0 and not wish.worker.load.sequences):  # an idle worker is for everyone
             return None
-        return full(drained_s(view, worker, demand, tbt_s, now, limit, self._promises, request.priority))
+        return full(drained_s(view, wish, now, self._promises))
 
-    def _foreseen(self, view: ClusterView, request: RequestArrived, plan: Plan, tbt_s: float, now: float) -> float:
-        """The highest load with this request from its first token on."""
+    def _wish(self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float) -> Wish:
+        """What the request asks of the planned decode worker."""
         worker = plan.decode.worker
-        at = max(now, first_token_at(request, plan, now))
-        load = view.forecast.load(worker, _moments(view, worker, at), now)
-        margin = (_SIZES + self._margin.deviations * np.sqrt(load.variance + 1.0)) * bool(worker.load.sequences)
-        return float(decode_loads(worker, load, view.demand(request), _AIM * tbt_s, margin=margin).max())
+        tbt_s = min(request.slo.tbt_s, view.forecast.tightest_tbt_s(worker))
+        if tbt_s == math.inf:
+            return Wish(worker, view.demand(request), tbt_s, limit=limit, priority=request.priority)
+        margin = _SIZES + self._margin.sequences if worker.load.sequences else 0.0
+        lead_s = max(0.0, first_token_at(request, plan, now) - now)
+        return Wish(worker, view.demand(request), _AIM * tbt_s, lead_s, limit, margin, request.priority)
 
 
 def _booked(worker: WorkerView, demand: Demand) -> float:
@@ -114,6 +112,12 @@ def _booked(worker: WorkerView, demand: Demand) -> float:
     report, load = worker.report, worker.load
     assert report is not None
     return max((load.sequences + 1) / report.max_sequences, (load.pages + demand.pages) / report.total_pages)
+
+
+def _foreseen(view: ClusterView, wish: Wish, now: float) -> float:
+    """The highest load with the request, from its first token on."""
+    load = view.forecast.load(wish.worker, _moments(view, wish.worker, now + wish.lead_s), now)
+    return float(decode_loads(wish.worker, load, wish.demand, wish.tbt_s, margin=wish.margin).max())
 
 
 def _moments(view: ClusterView, worker: WorkerView, at: float) -> Floats:

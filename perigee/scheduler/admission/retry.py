@@ -1,16 +1,25 @@
 """When trying again may help."""
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from perigee.scheduler.admission.base import MAX_RETRY_AFTER_S, Floats, decode_loads, within_bounds
+from perigee.scheduler.admission.base import (
+    MAX_RETRY_AFTER_S,
+    MIN_RETRY_AFTER_S,
+    Floats,
+    decode_loads,
+    within_bounds,
+)
 from perigee.scheduler.ids import RequestKey
 from perigee.scheduler.view import ClusterView
 from perigee.scheduler.worker_view import Demand, WorkerView
 
-_STEP_S = 1.0
-_FINE_STEP_S = 0.05
+# First it is looked at these times, and then at so many between the two that matter.
+_COARSE: Floats = np.geomspace(MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S, 12)
+_NUM_FINE = 9
+
 _MAX_PROMISES = 512
 
 
@@ -40,27 +49,38 @@ class Promises:
         return np.searchsorted(np.array(dues), times, side="right").astype(np.float64)
 
 
-def drained_s(
-    view: ClusterView,
-    worker: WorkerView,
-    demand: Demand,
-    tbt_s: float,
-    now: float,
-    limit: float = 1.0,
-    promises: Promises | None = None,
-    priority: int = 0,
-) -> float:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request would be let in by: a load of at most `limit` on this decode worker, `lead_s` after it arrives,
+    with `margin` sequences of its size to spare.
+    """
+
+    worker: WorkerView
+    demand: Demand
+    tbt_s: float
+    lead_s: float = 0.0
+    limit: float = 1.0
+    margin: float = 0.0
+    priority: int = 0
+
+
+def drained_s(view: ClusterView, wish: Wish, now: float, promises: Promises | None = None) -> float:
     """Seconds until the forecast says that the request would be let in, within the bounds of Retry-After."""
-    coarse = np.arange(_STEP_S, MAX_RETRY_AFTER_S + _STEP_S, _STEP_S)
+    offsets = _COARSE
+    for _ in range(2):
+        fits = _fits(view, wish, offsets, now, promises)
+        if not fits.any():
+            return MAX_RETRY_AFTER_S
+        first = int(np.argmax(fits))
+        if not first:
+            break
+        offsets = np.linspace(offsets[first - 1], offsets[first], _NUM_FINE)
+    return within_bounds(float(offsets[first]))
 
-    def first(offsets: Floats) -> float:
-        load = view.forecast.load(worker, now + offsets, now)
-        claims = promises.before(now + offsets, priority, now) if promises else np.zeros(len(offsets))
-        more = 1.0 + claims / max(1, view.forecast.num_decoding)
-        fits = decode_loads(worker, load, demand, tbt_s, more) <= limit
-        return float(offsets[np.argmax(fits)]) if fits.any() else math.inf
 
-    at = first(coarse)
-    if at in (math.inf, _STEP_S):
-        return within_bounds(at)
-    return within_bounds(first(np.arange(at - _STEP_S, at + _FINE_STEP_S, _FINE_STEP_S)))
+def _fits(view: ClusterView, wish: Wish, offsets: Floats, now: float, promises: Promises | None) -> NDArray[np.bool_]:
+    """Whether it would be let in, if it came so many seconds from now."""
+    load = view.forecast.load(wish.worker, now + wish.lead_s + offsets, now)
+    claims = promises.before(now + offsets, wish.priority, now) if promises else np.zeros(len(offsets))
+    more = 1.0 + claims / max(1, view.forecast.num_decoding)
+    return decode_loads(wish.worker, load, wish.demand, wish.tbt_s, more, wish.margin) <= wish.limit

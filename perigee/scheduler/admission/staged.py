@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from perigee.scheduler.admission.base import Refusal, decode_loads, first_token_at, full, late
-from perigee.scheduler.admission.retry import drained_s
+from perigee.scheduler.admission.retry import Wish, drained_s
 from perigee.scheduler.events import RequestArrived
 from perigee.scheduler.plan import Plan
 from perigee.scheduler.slo import Slo
@@ -30,7 +30,7 @@ class AtDecode:
         worker = view.workers[request.decode]
         if _load(view, worker, request.demand, request.slo, now, math.inf, more=0) <= 1:
             return None
-        return full(drained_s(view, worker, request.demand, request.slo.tbt_s, now))
+        return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s), now))
 
 
 class Early(AtDecode):
@@ -62,7 +62,7 @@ def _crowded(
     demand, worker = view.demand(request), plan.decode.worker
     if _load(view, worker, demand, request.slo, at, decode_s, more=1) <= 1:
         return None
-    return full(drained_s(view, worker, demand, request.slo.tbt_s, now))
+    return full(drained_s(view, Wish(worker, demand, request.slo.tbt_s, lead_s=max(0.0, at - now)), now))
 
 
 def _load(

@@ -1,12 +1,14 @@
 """How much work each pool has, in a unit that both share: the workers that it would fill."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from perigee.scheduler.ids import WorkerId
 from perigee.scheduler.pools import Pools
 from perigee.scheduler.view import ClusterView
-from perigee.scheduler.worker_view import WorkerView
+from perigee.scheduler.worker_view import DecodeLoad, WorkerView
 
 # How long a prompt may wait where nobody was promised a time to first token.
 PATIENCE_S = 10.0
@@ -36,11 +38,14 @@ class Pressure:
         self._smoothing_s = smoothing_s
         self._work = {"prefill": 0.0, "decode": 0.0}
         self._observed_at: float | None = None
+        self._ordered_s = 0.0
 
     def observe(self, view: ClusterView, pools: Pools, now: float) -> dict[str, Side]:
         """Looks at both pools now, and returns what they have been like lately."""
-        observed = {"prefill": _prefill_work(view, pools.prefill, now), "decode": _decode_work(view, pools.decode)}
         elapsed_s = now - self._observed_at if self._observed_at is not None else 0.0
+        busy = (view.ordered_prefill_s - self._ordered_s) / elapsed_s if elapsed_s > 0 else 0.0
+        self._ordered_s = view.ordered_prefill_s
+        observed = {"prefill": _prefill_work(view, pools.prefill, busy, now), "decode": _decode_work(view, pools)}
         kept = math.exp(-elapsed_s / self._smoothing_s)
         self._observed_at = now
         for role, work in observed.items():
@@ -51,18 +56,13 @@ class Pressure:
         }
 
 
-def _prefill_work(view: ClusterView, workers: Sequence[WorkerView], now: float) -> float:
-    """A worker that computes is full. One whose last prompt will have waited for longer than the strictest bound on
-    TTFT of those that wait there is as many times fuller.
+def _prefill_work(view: ClusterView, workers: Sequence[WorkerView], busy: float, now: float) -> float:
+    """As many workers as the prompts of the last second keep `busy`, and those that others keep busy; or more, if the
+    last prompts will have waited for longer than the strictest bound on TTFT of those that wait with them.
     """
     wait_s = view.fleet.queue_s(math.inf, now)
-    return sum(
-        max(float(_is_busy(worker)), float(wait_s[worker.row]) / _patience_s(view, worker)) for worker in workers
-    )
-
-
-def _is_busy(worker: WorkerView) -> bool:
-    return bool(worker.prefills) or (worker.report is not None and worker.report.queued_prefill_tokens > 0)
+    foreign = sum(worker.queue.foreign_s > 0 for worker in workers)
+    return max(busy + foreign, sum(float(wait_s[worker.row]) / _patience_s(view, worker) for worker in workers))
 
 
 def _patience_s(view: ClusterView, worker: WorkerView) -> float:
@@ -70,15 +70,33 @@ def _patience_s(view: ClusterView, worker: WorkerView) -> float:
     return PATIENCE_S if math.isinf(strictest) else strictest
 
 
-def _decode_work(view: ClusterView, workers: Sequence[WorkerView]) -> float:
-    return sum(decode_load(worker, view.forecast.tightest_tbt_s(worker)) for worker in workers)
-
-
-def decode_load(worker: WorkerView, tbt_s: float) -> float:
-    """The part of a decode worker that is taken, as admission sees it: of places, of pages, or of the batch that keeps
-    steps within `tbt_s`. A step of an empty batch takes its time, too, which is no load.
+def _decode_work(view: ClusterView, pools: Pools) -> float:
+    """What is booked for prompts that wait for others does not count: were there more prefill workers, it would be
+    less.
     """
-    report, load = worker.report, worker.load
+    waiting = _waiting(view, pools.prefill)
+    return sum(
+        decode_load(worker, worker.load.beyond(waiting[worker.id]), view.forecast.tightest_tbt_s(worker))
+        for worker in pools.decode
+    )
+
+
+def _waiting(view: ClusterView, prefillers: Iterable[WorkerView]) -> Mapping[WorkerId, DecodeLoad]:
+    """What the decode workers have booked for prompts that nobody computes yet."""
+    waiting: defaultdict[WorkerId, DecodeLoad] = defaultdict(DecodeLoad)
+    for worker in prefillers:
+        for key, prompt in worker.prefills.items():
+            if prompt is not worker.queue.first:
+                request = view.requests[key]
+                waiting[request.decode] += DecodeLoad(1, request.demand.pages, request.num_tokens)
+    return waiting
+
+
+def decode_load(worker: WorkerView, load: DecodeLoad, tbt_s: float) -> float:
+    """The part of a decode worker that this load takes, as admission sees it: of places, of pages, or of the batch that
+    keeps steps within `tbt_s`. A step of an empty batch takes its time, too, which is no load.
+    """
+    report = worker.report
     assert report is not None
     taken = max(load.sequences / report.max_sequences, load.pages / report.total_pages)
     if math.isinf(tbt_s):

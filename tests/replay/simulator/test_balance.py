@@ -7,8 +7,8 @@ from perigee.replay.simulator.simulation import Simulation
 from perigee.replay.trace import TraceRequest
 from tests.replay.simulator.clusters import DECODE, PREFILL, cluster, request
 
-SLO = Slo(5.0, 0.1)
-PHASE_S = 150
+SLO = Slo(5.0, 0.5)
+PHASE_S = 60
 RATE = 4.0
 
 LONG_PROMPTS = (1000, 4)  # a second of prefill, and hardly any decoding
@@ -29,7 +29,7 @@ def served(folder: Path, balance: str) -> tuple[Report, Simulation]:
         folder,
         *nodes,
         balance=balance,
-        role_hold_s=5.0,
+        role_hold_s=3.0,
         admission="perigee",
         slo_ttft_s=SLO.ttft_s,
         slo_tbt_s=SLO.tbt_s,

@@ -1,6 +1,7 @@
 """`perigee simulate`, as a user calls it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def trace(tmp_path: Path) -> Path:
             "timestamp": 200 * index,
             "input_length": 3000,
             "output_length": 20,
-            "hash_ids": [0, 1, *range(9 * index, 9 * index + 4)],
+            "hash_ids": [0, 1, *range(9 * index + 9, 9 * index + 13)],
         }
         for index in range(20)
     ]
@@ -26,14 +27,17 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def simulated(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def simulated(*arguments: str, hash_seed: int = 0) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "perigee", "simulate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
 def test_the_same_command_writes_the_same_bytes(trace: Path, tmp_path: Path) -> None:
-    arguments = [str(trace), "--cluster", str(EXAMPLE), "--placement", "random", "--html", str(tmp_path / "run.html")]
-    first, second = (simulated(*arguments, "--json", "-") for _ in range(2))
+    tight = tmp_path / "cluster.yaml"
+    tight.write_text(EXAMPLE.read_text(encoding="utf-8").replace("dram_gib: 1000", "capacity_tokens: 8192"))
+    arguments = [str(trace), "--cluster", str(tight), "--placement", "random", "--html", str(tmp_path / "run.html")]
+    first, second = (simulated(*arguments, "--json", "-", hash_seed=hash_seed) for hash_seed in (1, 2))
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
     assert (report["requests"], report["completed"], report["about"]["placement"]) == (20, 20, "random")

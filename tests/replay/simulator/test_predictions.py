@@ -27,7 +27,7 @@ ROOM = {"capacity_tokens": 200_000, "kv_tokens": 65_536, "max_sequences": 64}
 GROUPS = ({**PREFILL, **ROOM, "chunk_tokens": 2048}, {**DECODE, **ROOM})
 
 
-def poisson(utilization: float, count: int = 400) -> list[TraceRequest]:
+def poisson(utilization: float, count: int = 200) -> list[TraceRequest]:
     """Prompts of 30 to 1500 tokens, which come at random and keep one worker busy for such a share of the time."""
     lot = random.Random(7)
     lengths = [int(min(1500, max(30, lot.lognormvariate(5.5, 0.8)))) for _ in range(count)]
@@ -44,10 +44,10 @@ def served(trace: list[TraceRequest], on: Cluster) -> Report:
     return summarize(simulate(trace, on).records, Slo())
 
 
-@pytest.mark.parametrize("utilization", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("utilization", [0.3, 0.5])
 def test_ttft_is_predicted_under_steady_load(tmp_path: Path, utilization: float) -> None:
     report = served(poisson(utilization), cluster(tmp_path, *GROUPS, profile=SLOW))
-    assert report.completed == 400
+    assert report.completed == 200
     assert report.ttft_error.p50 is not None and report.ttft_error.p50 < 0.1
     assert report.ttft_error.p90 is not None and report.ttft_error.p90 < 0.2
 
