@@ -77,6 +77,7 @@ PURE = [
     "perigee.scheduler.admission.base",
     "perigee.scheduler.admission.foresight",
     "perigee.scheduler.admission.headroom",
+    "perigee.scheduler.admission.margin",
     "perigee.scheduler.admission.open",
     "perigee.scheduler.admission.retry",
     "perigee.scheduler.admission.staged",

@@ -59,7 +59,7 @@ class _Reserved(NamedTuple):
 
 @dataclass(slots=True)
 class _Group:
-    leases: set[BlockKey] = field(default_factory=set)
+    leases: dict[BlockKey, None] = field(default_factory=dict)  # in order: that in which they end decides what leaves
     reserved: dict[int, _Reserved] = field(default_factory=dict)  # by slot
 
 
@@ -158,7 +158,7 @@ class BlockIndex:
         `free_up` is told how many are needed and says whether they are, or may be taken from blocks that are dropped.
         None, with nothing leased or reserved, when there is no room now.
         """
-        group = self._groups.setdefault(group_id, _Group())
+        group = self._group(group_id)
         hits = self._committed(keys[: coming.prefix] if coming else keys[: self.prefix(keys)])
         prefix, spare = coming or Coming(len(hits), 0)
         added = [block for _, block in hits if self._lease(group, block)]
@@ -168,21 +168,36 @@ class BlockIndex:
                 self._unlease(group, block)
             return None
         for _, block in hits:
-            self._use(block.key, now)
+            self._use(block, now)
         leased = tuple(_leased(index, block) for index, block in hits)
         return Acquired(leased, self._reserve(group, keys, parent, prefix, now + self._reservation_s))
 
-    def reserve(self, group_id: GroupId, key: BlockKey, parent: BlockKey) -> Reservation:
-        """A slot for the node itself to fill, whenever it may. There must be room for it."""
-        group = self._groups.setdefault(group_id, _Group())
-        (reservation,) = self._reserve(group, [key], parent, 0, math.inf)
-        return reservation
+    def reserve(self, group_id: GroupId, wanted: Iterable[tuple[BlockKey, BlockKey]]) -> list[Reservation]:
+        """Slots for the node itself to fill, whenever it may, for pairs of key and parent. There must be room."""
+        group = self._group(group_id)
+        reserved = [self._reserve_one(group, 0, key, parent, math.inf) for key, parent in wanted]
+        self.num_reserved += len(reserved)
+        return reserved
+
+    def let_go(self, group_id: GroupId, parts: Iterable[tuple[BlockKey, int]]) -> None:
+        """Ends a part of what a group has, pairs of key and slot: the lease on a block, or the reservation that was
+        made for it.
+        """
+        group = self._groups.get(group_id)
+        if group is None:
+            return
+        for key, slot in parts:
+            if key in group.leases:
+                self._unlease(group, self._blocks[key])
+            elif group.reserved.pop(slot, None):
+                self.num_reserved -= 1
+                self._free.append(slot)
 
     def merge(self, source_id: GroupId, target_id: GroupId) -> None:
         """All that one group holds is the other's from here on."""
         source = self._groups.pop(source_id)
-        target = self._groups.setdefault(target_id, _Group())
-        for key in source.leases & target.leases:
+        target = self._group(target_id)
+        for key in [key for key in source.leases if key in target.leases]:
             self._unlease(source, self._blocks[key])
         target.leases |= source.leases
         target.reserved |= source.reserved
@@ -198,12 +213,12 @@ class BlockIndex:
         """Leases those of `wanted`, pairs of index and key, that are committed. `tier` and `remote` say where they come
         from.
         """
-        group = self._groups.setdefault(group_id, _Group())
+        group = self._group(group_id)
         leased = []
         for index, key in wanted:
             if block := self._blocks.get(key):
                 self._lease(group, block)
-                self._use(key, now)
+                self._use(block, now)
                 leased.append(LeasedBlock(index, block.slot, block.num_tokens, block.origin, tier, remote))
         return leased
 
@@ -215,7 +230,7 @@ class BlockIndex:
         Fenced if it is not any more: its slot stays the group's, for who knows what still writes there, until it is
         released.
         """
-        group = self._groups.get(group_id, _Group())
+        group = self._groups.get(group_id) or _Group()
         self._check_commit(group, blocks, now)
         return [key for block in blocks if (key := self._commit(group, block, now))]
 
@@ -243,13 +258,23 @@ class BlockIndex:
         self, group: _Group, keys: Sequence[BlockKey], parent: BlockKey, first: int, deadline: float
     ) -> tuple[Reservation, ...]:
         """Reserves `keys[first:]`. There is room for them."""
-        reserved = []
-        for index in range(first, len(keys)):
-            slot, nonce = self._take_slot(), next(self._nonces)
-            group.reserved[slot] = _Reserved(keys[index], keys[index - 1] if index else parent, nonce, deadline)
-            reserved.append(Reservation(index, slot, nonce))
+        reserved = tuple(
+            self._reserve_one(group, index, keys[index], keys[index - 1] if index else parent, deadline)
+            for index in range(first, len(keys))
+        )
         self.num_reserved += len(reserved)
-        return tuple(reserved)
+        return reserved
+
+    def _reserve_one(self, group: _Group, index: int, key: BlockKey, parent: BlockKey, deadline: float) -> Reservation:
+        slot, nonce = self._take_slot(), next(self._nonces)
+        group.reserved[slot] = _Reserved(key, parent, nonce, deadline)
+        return Reservation(index, slot, nonce)
+
+    def _group(self, group_id: GroupId) -> _Group:
+        group = self._groups.get(group_id)
+        if group is None:
+            group = self._groups[group_id] = _Group()
+        return group
 
     def _check_commit(self, group: _Group, blocks: Sequence[CommittedBlock], now: float) -> None:
         for block in blocks:
@@ -277,7 +302,7 @@ class BlockIndex:
         block = Block(reserved.key, reserved.parent, committed.slot, committed.num_tokens, committed.origin)
         self._insert(block)
         self._lease(group, block)
-        self._use(block.key, now)
+        self._use(block, now)
         return block.key
 
     # ---- residency -----------------------------------------------------------------------------------------------
@@ -336,8 +361,8 @@ class BlockIndex:
                 block, group_id = self._leaving[key]
                 self._insert(block)
                 del self._leaving[key]
-                self._lease(self._groups.setdefault(group_id, _Group()), block)
-                self._use(key, now)
+                self._lease(self._group(group_id), block)
+                self._use(block, now)
 
     def leaving(self) -> Collection[BlockKey]:
         """The keys of the blocks that can still be revived."""
@@ -358,10 +383,9 @@ class BlockIndex:
             self.evict(victim)
         return self._free.pop()
 
-    def _use(self, key: BlockKey, now: float) -> None:
-        block = self._blocks[key]
+    def _use(self, block: Block, now: float) -> None:
         block.uses += 1
-        self._policy.use(key, now, block.parent)
+        self._policy.use(block.key, now, block.parent)
 
     def _remove(self, block: Block) -> None:
         """Forgets a block without lease or children."""
@@ -380,7 +404,7 @@ class BlockIndex:
         """Whether the group did not hold it before."""
         if block.key in group.leases:
             return False
-        group.leases.add(block.key)
+        group.leases[block.key] = None
         block.leases += 1
         if block.leases == 1:
             self.num_leased += 1
@@ -390,7 +414,7 @@ class BlockIndex:
         return True
 
     def _unlease(self, group: _Group, block: Block) -> None:
-        group.leases.remove(block.key)
+        del group.leases[block.key]
         block.leases -= 1
         if block.leases == 0:
             self.num_leased -= 1

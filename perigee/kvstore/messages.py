@@ -68,7 +68,7 @@ class CommittedBlock:
     origin: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BlockEvent:
     """A block became readable in a tier, or left it."""
 

@@ -6,8 +6,9 @@ keeps it until `settle`, by when whoever waited for it has a lease of its own.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple
 
 from perigee.kvstore.blocks import BlockKey
@@ -20,20 +21,29 @@ from perigee.kvstore.records import Location, Record
 
 class _Incoming(NamedTuple):
     key: BlockKey
-    group: GroupId
     reservation: Reservation
 
 
+class PulledBlock(NamedTuple):
+    """A block that lies whole in its slot, by its place in what a pull was to bring."""
+
+    place: int
+    num_tokens: int
+    origin: int
+
+
 class _Load(NamedTuple):
+    group: GroupId
     incoming: _Incoming
     location: Location
 
 
 @dataclass(slots=True)
 class Pulling:
-    """A pull under way. `expected` are, by place, the blocks that have not come yet."""
+    """A pull under way. `expected` are, by place, the blocks that have not come yet; `group` has their slots."""
 
     job: int
+    group: GroupId
     source: str
     deadline: float
     expected: dict[int, _Incoming] = field(default_factory=dict)
@@ -71,7 +81,8 @@ class Moves:
         self._spills: dict[int, _Spilling] = {}
         self._loading: dict[BlockKey, int] = {}
         self._pulled_by: dict[BlockKey, Pulling] = {}
-        self._arrived: list[GroupId] = []
+        self._ended: list[GroupId] = []
+        self._arrived: list[tuple[GroupId, list[_Incoming]]] = []
 
     def take_jobs(self) -> list[Job]:
         """Those that were asked for since the last call, in order."""
@@ -100,11 +111,12 @@ class Moves:
 
     def load(self, record: Record, location: Location) -> None:
         """Begins to load a block. There must be room for it."""
-        job = next(self._numbers)
-        incoming = self._reserve(record.key, record.parent)
-        self._loads[job] = _Load(incoming, location)
+        job, group = next(self._numbers), self.new_group()
+        (reservation,) = self._index.reserve(group, [(record.key, record.parent)])
+        incoming = _Incoming(record.key, reservation)
+        self._loads[job] = _Load(group, incoming, location)
         self._loading[record.key] = job
-        self._jobs.append(Load(job, record.key, incoming.reservation.slot, location))
+        self._jobs.append(Load(job, record.key, reservation.slot, location))
 
     def give_up_loads(self) -> list[BlockKey]:
         """What the loads under way were to bring, which does not count as coming any more. They keep their slots."""
@@ -114,10 +126,10 @@ class Moves:
 
     def loaded(self, job: int, record: Record | None, now: float) -> tuple[BlockKey, Location, bool]:
         """What was loaded from where, and whether it came. None stands for a record that could not be read."""
-        incoming, location = self._loads.pop(job)
+        group, incoming, location = self._loads.pop(job)
         self._loading.pop(incoming.key, None)
-        self._arrived.append(incoming.group)
-        came = record is not None and self._commit(incoming, record.num_tokens, record.origin, now)
+        self._ended.append(group)
+        came = record is not None and self._commit(group, [_whole(incoming, record.num_tokens, record.origin)], now)
         return incoming.key, location, came
 
     # ---- from another node ---------------------------------------------------------------------------------------
@@ -128,21 +140,32 @@ class Moves:
 
     def pull(self, source: str, wanted: Sequence[tuple[BlockKey, BlockKey]], wait_s: float, now: float) -> None:
         """Begins to pull blocks, pairs of key and parent. There must be room for them."""
-        pulling = Pulling(next(self._numbers), source, now + wait_s)
+        pulling = Pulling(next(self._numbers), self.new_group(), source, now + wait_s)
         expected = []
-        for place, (key, parent) in enumerate(wanted):
-            incoming = pulling.expected[place] = self._reserve(key, parent)
+        reservations = self._index.reserve(pulling.group, wanted)
+        for place, ((key, _), reservation) in enumerate(zip(wanted, reservations, strict=True)):
+            pulling.expected[place] = _Incoming(key, reservation)
             self._pulled_by[key] = pulling
-            expected.append(Expected(key, incoming.reservation.slot))
+            expected.append(Expected(key, reservation.slot))
         self._pulls[pulling.job] = pulling
         self._jobs.append(Pull(pulling.job, source, tuple(expected), wait_s))
 
-    def pulled(self, job: int, place: int, num_tokens: int, origin: int, now: float) -> tuple[BlockKey, bool]:
-        """The key of a block that a pull brought, and whether it is what a block may be."""
-        incoming = self._pulls[job].expected.pop(place)
-        del self._pulled_by[incoming.key]
-        self._arrived.append(incoming.group)
-        return incoming.key, self._commit(incoming, num_tokens, origin, now)
+    def pulled(self, job: int, blocks: Iterable[PulledBlock], now: float) -> tuple[list[BlockKey], list[BlockKey]]:
+        """The keys of blocks that a pull brought, and of those among them that are not what a block may be."""
+        pulling = self._pulls[job]
+        incoming, commits = [], []
+        for block in blocks:
+            came = pulling.expected.pop(block.place)
+            del self._pulled_by[came.key]
+            incoming.append(came)
+            commits.append(_whole(came, block.num_tokens, block.origin))
+        self._arrived.append((pulling.group, incoming))
+        if self._commit(pulling.group, commits, now):
+            return [came.key for came in incoming], []
+        # One of them at least is wrong.
+        good = [self._commit(pulling.group, [commit], now) for commit in commits]
+        keys = [came.key for came in incoming]
+        return list(compress(keys, good)), [key for key, is_good in zip(keys, good, strict=True) if not is_good]
 
     def cancel(self, pulling: Pulling) -> None:
         if not pulling.cancelled:
@@ -154,7 +177,7 @@ class Moves:
         pulling = self._pulls.pop(job)
         for incoming in pulling.expected.values():
             del self._pulled_by[incoming.key]
-            self._arrived.append(incoming.group)
+        self._ended.append(pulling.group)
         return pulling
 
     # ---- to SSD --------------------------------------------------------------------------------------------------
@@ -177,20 +200,20 @@ class Moves:
 
     def settle(self) -> None:
         """Lets go of the blocks that arrived, and of the slots of those that did not."""
-        for group in self._arrived:
-            self._index.release(group)
+        for group, incoming in self._arrived:
+            self._index.let_go(group, [(came.key, came.reservation.slot) for came in incoming])
         self._arrived.clear()
+        for group in self._ended:
+            self._index.release(group)
+        self._ended.clear()
 
-    def _reserve(self, key: BlockKey, parent: BlockKey) -> _Incoming:
-        group = self.new_group()
-        return _Incoming(key, group, self._index.reserve(group, key, parent))
-
-    def _commit(self, incoming: _Incoming, num_tokens: int, origin: int, now: float) -> bool:
-        reservation = incoming.reservation
+    def _commit(self, group: GroupId, blocks: Sequence[CommittedBlock], now: float) -> bool:
         try:
-            self._index.commit(
-                incoming.group, [CommittedBlock(reservation.slot, reservation.nonce, num_tokens, origin)], now
-            )
+            self._index.commit(group, blocks, now)
         except InvalidRequest:  # whole, but not a block of this node's model
             return False
         return True
+
+
+def _whole(incoming: _Incoming, num_tokens: int, origin: int) -> CommittedBlock:
+    return CommittedBlock(incoming.reservation.slot, incoming.reservation.nonce, num_tokens, origin)

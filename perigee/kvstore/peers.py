@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Collection
 from perigee.kvstore.driver import Driver
 from perigee.kvstore.jobs import CancelPull, Pull
 from perigee.kvstore.members import Member
+from perigee.kvstore.moves import PulledBlock
 from perigee.kvstore.transfer.base import PeerRefused, Transfer, TransferFailed, Wanted
 
 _log = logging.getLogger(__name__)
@@ -127,8 +128,8 @@ class Pulls:
         async with contextlib.aclosing(self._transfer.pull(address, wanted, wait_s)) as received:
             async for block in received:
                 left.remove(block.index)
-                now = self._driver.now
-                self._driver.finish(store.pulled(job.job, block.index, block.num_tokens, block.origin, now))
+                came = PulledBlock(block.index, block.num_tokens, block.origin)
+                self._driver.finish(store.pulled(job.job, [came], self._driver.now))
 
 
 async def _ended(*tasks: "asyncio.Future[None]") -> None:

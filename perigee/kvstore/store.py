@@ -19,7 +19,7 @@ from perigee.kvstore.index import BlockIndex, Coming, GroupId
 from perigee.kvstore.jobs import Job
 from perigee.kvstore.limits import StoreLimits, Totals
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
-from perigee.kvstore.moves import Moves
+from perigee.kvstore.moves import Moves, PulledBlock
 from perigee.kvstore.pins import Pins
 from perigee.kvstore.records import Location, Record
 from perigee.kvstore.ssd_tier import SsdTier
@@ -196,17 +196,9 @@ class Store:
             self.ssd.dropped(segment)
         return self._settle(now)
 
-    def pulled(self, job: int, place: int, num_tokens: int, origin: int, now: float) -> list[Answer]:
-        """A block that a pull was to bring lies whole in its slot."""
-        return self.pulled_together(job, [(place, num_tokens, origin)], now)
-
-    def pulled_together(self, job: int, blocks: Iterable[tuple[int, int, int]], now: float) -> list[Answer]:
-        """Several lie there, each given as place, number of tokens and origin."""
-        arrived: list[BlockKey] = []
-        wrong: list[BlockKey] = []
-        for place, num_tokens, origin in blocks:
-            key, came = self.moves.pulled(job, place, num_tokens, origin, now)
-            (arrived if came else wrong).append(key)
+    def pulled(self, job: int, blocks: Iterable[PulledBlock], now: float) -> list[Answer]:
+        """Blocks that a pull was to bring lie whole in their slots."""
+        arrived, wrong = self.moves.pulled(job, blocks, now)
         self.totals.pulled_blocks += len(arrived)
         self.totals.failed_pulls += len(wrong)
         answers = self._arrived(arrived, now, remote=True) + self._did_not_come(wrong, lambda _: False, now)

@@ -62,7 +62,7 @@ class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
     placement: PlacementName = Field("perigee", description="Policy that chooses the workers of a request.")
     admission: AdmissionName = Field("perigee", description="Policy that decides which requests are served.")
     balance: BalanceName = Field(
-        "perigee",
+        "roles",
         description="Policy that copies blocks and moves workers between the pools, while nobody asks for it.",
     )
     role_hold_s: float = Field(

@@ -47,7 +47,7 @@ class PolicyNames:
 
     placement: str = "perigee"
     admission: str = "perigee"
-    balance: str = "perigee"
+    balance: str = "roles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Policies:
 def make_policies(
     placement: str = "perigee",
     admission: str = "perigee",
-    balance: str = "perigee",
+    balance: str = "roles",
     role_hold_s: float = DEFAULT_HOLD_S,
 ) -> Policies:
     """Fresh policies of these names, which are keys of PLACEMENTS, ADMISSIONS and BALANCES."""

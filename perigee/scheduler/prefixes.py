@@ -146,11 +146,11 @@ class PrefixIndex:
         """How many blocks a node has in memory."""
         return self._num_in_dram[node]
 
-    def shared(self, keys: Iterable[BlockKey], node: NodeId) -> list[BlockKey]:
-        """Those that the node holds and another one holds, too."""
-        alone = 1 << self.numbers[node] if node in self.numbers else 0
+    def shared(self, keys: Iterable[BlockKey], node: NodeId, others: Iterable[NodeId]) -> list[BlockKey]:
+        """Those that the node holds and one of the others, too."""
+        own, rest = self._mask_of([node]), self._mask_of(others)
         held = ((key, self._masks_of(self._held.get(key, _NOBODY))[0]) for key in keys)
-        return [key for key, holders in held if holders & alone and holders != alone]
+        return [key for key, holders in held if holders & own and holders & rest]
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How far each known node holds these keys from the first on. One step a key, until no node holds the next one;
@@ -175,6 +175,9 @@ class PrefixIndex:
         match.end(alive, len(keys))
         match.move(on_ssd, 0, len(keys))
         return match
+
+    def _mask_of(self, nodes: Iterable[NodeId]) -> int:
+        return _mask([self.numbers[node] for node in nodes if node in self.numbers])
 
     def _number_of(self, node: NodeId) -> int:
         number = self.numbers.get(node)

@@ -34,7 +34,6 @@ from perigee.workers.messages import ModelCard, WorkerReport
 FAILURE_MEMORY_S = 30.0
 
 
-
 # Weight of one finished request in the mean time that decoding takes.
 _DECODE_WEIGHT = 0.05
 

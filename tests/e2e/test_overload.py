@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import up
-from tests.e2e.endpoint import Answer, Endpoint, Refusal, Vocabulary
+from tests.e2e.endpoint import Answer, Endpoint, Refusal, Vocabulary, totals
 from tests.e2e.prompts import random_prompt
 
 KV_TOKENS = 2048
@@ -22,6 +23,14 @@ def small(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.Tem
         yield endpoint
 
 
+@pytest.fixture(scope="module")
+def at_decode(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A cluster that asks about decode when a prompt is computed, and can promise something that nobody can keep."""
+    flags = ("--admission=at-decode", "--slo-classes=strict=-:0.000001,batch=-:-")
+    with up(tmp_path_factory.mktemp("at-decode"), tiny_llama, vocabulary, *flags) as endpoint:
+        yield endpoint
+
+
 async def test_a_burst_is_partly_turned_away_and_none_of_it_fails(small: Endpoint) -> None:
     prompts = [random_prompt(200 + index, small.vocabulary.size, "burst") for index in range(30)]
     outcomes = await asyncio.gather(*(small.try_complete(prompt, 60) for prompt in prompts))
@@ -33,6 +42,35 @@ async def test_a_burst_is_partly_turned_away_and_none_of_it_fails(small: Endpoin
     assert {refusal.status for refusal in refusals} == {429}
     assert all(int(refusal.retry_after or 0) >= 1 for refusal in refusals)
     assert {refusal.error["type"] for refusal in refusals} == {"rate_limit_error"}
+
+
+async def test_where_little_room_is_left_it_is_for_higher_priorities(small: Endpoint) -> None:
+    await small.until_at_rest()
+    async with AsyncExitStack() as stack:
+        for index in range(MAX_SEQUENCES - 1):
+            prompt = random_prompt(40, small.vocabulary.size, f"running {index}")
+            await anext(await stack.enter_async_context(aclosing(small.stream(prompt, 500))))
+        prompt = random_prompt(40, small.vocabulary.size, "next")
+        low = await small.try_complete(prompt, 4, priority=5)
+        high = await small.try_complete(prompt, 4, priority=-5)
+    assert isinstance(low, Refusal)
+    assert (low.status, low.error["code"]) == (429, "overloaded")
+    assert 1 <= int(low.retry_after or 0) <= 60
+    assert low.error["predicted_ttft_s"] > 0
+    assert isinstance(high, Answer)
+
+
+async def test_at_decode_a_prompt_is_computed_in_vain_and_its_client_gets_no_byte_of_an_answer(
+    at_decode: Endpoint,
+) -> None:
+    prompt = random_prompt(100, at_decode.vocabulary.size, "in vain")
+    refusal = await at_decode.try_complete(prompt, 8, service_tier="strict", stream=True)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.error["code"]) == (429, "overloaded")
+    members = await at_decode.until_at_rest()
+    assert totals(members, "prefill", "computed_prompt_tokens_total") == [100]
+    assert totals(members, "decode", "output_tokens_total") == [0]
+    assert (await at_decode.complete(prompt, 8)).cached_tokens == 99
 
 
 async def test_after_a_burst_everything_works(small: Endpoint) -> None:

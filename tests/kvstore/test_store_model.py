@@ -15,6 +15,7 @@ from perigee.kvstore.index import GroupId
 from perigee.kvstore.jobs import CancelPull, DropSegment, Load, Pull, Spill
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
+from perigee.kvstore.moves import PulledBlock
 from perigee.kvstore.pins import PinLimits
 from perigee.kvstore.records import Location, Record
 from perigee.kvstore.ssd_index import SsdIndex
@@ -180,7 +181,7 @@ class StoreAndModel(RuleBasedStateMachine):
         if well and coming:
             place, block_key = coming.popitem()
             self.memory[pull.expected[place].slot] = block_key
-            self.take(self.store.pulled(pull.job, place, FULL, PREFILL, self.now))
+            self.take(self.store.pulled(pull.job, [PulledBlock(place, FULL, PREFILL)], self.now))
         else:
             del self.jobs[pull.job], self.coming[pull.job]
             self.take(self.store.pull_ended(pull.job, not well, self.now))

@@ -8,6 +8,8 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -148,7 +150,7 @@ class Overload:
 
     def run(self, asks: Iterable[Ask]) -> Outcome:
         for index, ask in enumerate(asks):
-            self._at(ask.at, lambda index=index, ask=ask: self._arrive(Ref(str(index)), ask))
+            self._at(ask.at, partial(self._arrive, Ref(str(index)), ask))
             self._open += 1
         self._at(1.0, self._tick)
         while self._heap:
@@ -290,7 +292,7 @@ class Overload:
                 steps_total=int(decoder.steps),
             )
 
-    def _say(self, worker: WorkerId, role: str, free_pages: int, **fields: float) -> None:
+    def _say(self, worker: WorkerId, role: str, free_pages: int, **fields: Any) -> None:
         self.conductor.handle(
             WorkerReport(
                 worker,

@@ -1,5 +1,7 @@
 """What the admission policies let in, and when they turn away."""
 
+from typing import Any
+
 import pytest
 
 from perigee.scheduler.admission.headroom import Headroom
@@ -21,7 +23,7 @@ def cluster_of(admission: str, max_sequences: int = 8, decode: int = 1) -> Clust
     return cluster
 
 
-def start(cluster: Cluster, request_id: str, **arrival: object) -> None:
+def start(cluster: Cluster, request_id: str, **arrival: Any) -> None:
     """It is let in, its prompt computed at once, and it decodes."""
     cluster.dispatch(request_id, **arrival)
     only(cluster.prefill_done(request_id), Proceed)

@@ -64,7 +64,11 @@ class Cluster:
     async def deliver(self, node: Node, lost: bool) -> None:
         """A message reaches the Conductor, or is lost on the way. It may ask for a new watch."""
         message = await node.take()
-        if message is None or lost:
+        if message is None:
+            return
+        if lost:
+            if message.snapshot:  # which no stream goes on without: it broke, and is opened again
+                node.watch()
             return
         for command in self.conductor.handle(blocks_from_pb(message), 0.0):
             assert isinstance(command, Resync)

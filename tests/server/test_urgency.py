@@ -1,6 +1,7 @@
 """What a client may ask for beside its text, and what the Conductor is told of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import APIStatusError
@@ -18,6 +19,12 @@ async def told(cluster: Cluster, api_key: str = "none", **extra: object) -> pb.R
     async with cluster.client(api_key=api_key) as client:
         await client.completions.create(model="tiny", prompt="b", max_tokens=1, extra_body=extra)
     return cluster.conductor.events("arrived")[-1].arrived
+
+
+def said(error: APIStatusError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    assert isinstance(error.body, dict)
+    return error.body
 
 
 async def refused(cluster: Cluster, api_key: str = "none", **extra: object) -> APIStatusError:
@@ -49,7 +56,7 @@ async def test_a_service_tier_is_an_slo_class(cluster: Cluster) -> None:
 async def test_an_unknown_service_tier_is_refused_with_those_that_there_are(front: Cluster) -> None:
     error = await refused(front, service_tier="gold")
     assert error.status_code == 400
-    assert error.body["param"] == "service_tier"
+    assert said(error)["param"] == "service_tier"
     assert "'gold'" in error.message
     assert "auto, default, interactive, batch" in error.message
 
@@ -62,7 +69,7 @@ async def test_the_lower_a_priority_the_sooner_its_turn_as_vllm_has_it(front: Cl
 @pytest.mark.parametrize("priority", [-11, 11, "high", 1.5])
 async def test_a_priority_that_is_none_is_refused(front: Cluster, priority: object) -> None:
     error = await refused(front, priority=priority)
-    assert (error.status_code, error.body["param"]) == (400, "priority")
+    assert (error.status_code, said(error)["param"]) == (400, "priority")
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ async def test_who_is_turned_away_after_prefill_gets_no_byte_of_an_answer(front:
             await client.completions.create(model="tiny", prompt="b", max_tokens=3, stream=True)
     assert raised.value.status_code == 429
     assert raised.value.response.headers["retry-after"] == "5"
-    assert raised.value.body["predicted_tbt_s"] == 0.5
+    assert said(raised.value)["predicted_tbt_s"] == 0.5
 
 
 async def test_an_attempt_that_follows_a_failure_is_not_held_to_the_ttft(cluster: Cluster) -> None:

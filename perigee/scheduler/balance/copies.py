@@ -6,9 +6,10 @@ hot prefix is copied to another node only if the misses to be expected there cos
 after the other, and only over links that have nothing else to do.
 
 Trimming is what makes room. A node that evicts by itself knows only when its own copy was used: it drops the last copy
-of one block and keeps the third of another. To trim cold copies that others have, too, before the node has to choose,
-is to keep more different blocks in the cluster; and a trimmed copy costs a fetch at worst where an evicted last one
-costs the computation. (After "N-chance forwarding", Dahlin et al., OSDI 1994.) The last copy is never trimmed.
+of one block and keeps the third of another. To trim cold copies before the node has to choose is to keep more different
+blocks in the cluster; and a trimmed copy costs a fetch at worst where an evicted last one costs the computation. (After
+"N-chance forwarding", Dahlin et al., OSDI 1994.) The last copy is never trimmed, nor one whose only others are on nodes
+that are short of room themselves: those may be evicted at any moment, and then both are gone.
 """
 
 from collections.abc import Collection
@@ -98,20 +99,18 @@ def _idle_pair(
 
 
 def _trims(view: ClusterView, now: float) -> list[Move]:
-    """Of the nodes that are short of room, the copies that were used longest ago."""
+    """Of the nodes that are short of room, the copies that were used longest ago, if a node has them that is not."""
     to_free = _to_free(view)
+    roomy = [node for node in view.stores if node not in to_free]
     said: list[Move] = []
-    touched: set[BlockKey] = set()
     looked_at = 0
-    for run in view.copy_log.unused(now - COLD_S) if to_free else ():
+    for run in view.copy_log.unused(now - COLD_S) if to_free and roomy else ():
         for node in [node for node in run.nodes if to_free.get(node, 0) > 0]:
             looked_at += len(run.keys)
-            keys = tuple(key for key in view.prefixes.shared(run.keys, node) if key not in touched)
-            touched.update(keys)
-            view.copy_log.remove(node, run)
-            to_free[node] -= len(keys)
-            if keys:
+            if keys := tuple(view.prefixes.shared(run.keys, node, roomy)):
                 said.append(Trim(node, keys))
+                to_free[node] -= len(keys)
+                view.copy_log.remove(node, run)
         if looked_at > _MOST_LOOKED_AT:
             break
     return said
