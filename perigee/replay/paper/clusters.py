@@ -12,6 +12,9 @@ HBM_TOKENS = 1_000_000
 CHUNK_TOKENS = 512
 """What a step of vLLM with chunked prefill computes, by its default of that time."""
 
+MAX_TOKENS = 4096
+"""What clients say an answer may come to, where the scheduler predicts: it must not know the lengths in advance."""
+
 MODEL, HARDWARE = "LLaMA3-70B", "A800-80G"
 
 
@@ -45,6 +48,7 @@ def mooncake(
         admission=admission,
         slo_ttft_s=slo[0] if slo else None,
         slo_tbt_s=slo[1] if slo else None,
+        max_tokens=MAX_TOKENS if slo else None,
     )
 
 

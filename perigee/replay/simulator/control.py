@@ -17,7 +17,7 @@ from perigee.workers.messages import ModelCard
 TICK_S = 1.0
 
 # A worker says that it is there at least this often; the Conductor takes one for stopped that is silent for seconds.
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 2.0
 
 # How long events of a node's blocks gather before they are told.
 _FEED_S = 0.01

@@ -98,9 +98,14 @@ def decode_load(worker: WorkerView, load: DecodeLoad, tbt_s: float) -> float:
     """
     report = worker.report
     assert report is not None
-    taken = max(load.sequences / report.max_sequences, load.pages / report.total_pages)
+    taken = max(_share(load.sequences, report.max_sequences), _share(load.pages, report.total_pages))
     if math.isinf(tbt_s):
         return taken
     empty_s = worker.cost.step_s(0, 0)
     step_s = worker.cost.step_s(load.sequences, load.context_tokens)
     return max(taken, (step_s - empty_s) / (tbt_s - empty_s) if tbt_s > empty_s else 1.0)
+
+
+def _share(part: int, whole: int) -> float:
+    """Of what there is nothing of, all is taken."""
+    return part / whole if whole else 1.0
