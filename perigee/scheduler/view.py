@@ -220,7 +220,7 @@ class ClusterView:
             prefill.queue.remove(key, now)
             self.fleet.refresh_queue(prefill)
         if decode := self.workers.get(request.decode):
-            decode.remove_decode(key)
+            decode.remove_decode(key, now)
             self.fleet.refresh_load(decode)
         self.shares.give_back(request.tenant, request.demand.pages)
         self.forecast.drop(key, request.decode)

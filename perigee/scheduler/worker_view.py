@@ -10,6 +10,10 @@ from perigee.workers.engine.pages import pages_needed
 from perigee.workers.messages import WorkerReport
 
 
+# A worker frees a sequence's pages a moment after its front end has the last token, and reports it then.
+REPORT_LAG_S = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request will take at the most: pages while its prompt is computed, as many as the prompt has blocks, and
@@ -74,6 +78,7 @@ class WorkerView:
     placed: DecodeLoad = DecodeLoad()  # the part of the load that this Conductor placed: the sum of `decodes`
     # What the last report showed beyond what we had placed by then: another Conductor's doing, or a longer output.
     foreign: DecodeLoad = DecodeLoad()
+    ended: list[tuple[float, DecodeLoad]] = field(default_factory=list)  # lately: when, and what it took
 
     @property
     def where(self) -> WorkerAddress:
@@ -94,10 +99,11 @@ class WorkerView:
         self.decodes[key] = load
         self.placed += load
 
-    def remove_decode(self, key: RequestKey) -> None:
+    def remove_decode(self, key: RequestKey, now: float) -> None:
         """Does nothing if it is not there."""
         if load := self.decodes.pop(key, None):
             self.placed = self.placed.beyond(load)
+            self.ended.append((now, load))
 
     def take_report(self, report: WorkerReport, now: float) -> None:
         """Replaces the last report."""
@@ -108,7 +114,8 @@ class WorkerView:
             report.total_pages - report.free_pages,
             report.context_tokens,
         )
-        self.foreign = used.beyond(self.placed)
+        self.ended = [(at, load) for at, load in self.ended if now - at <= REPORT_LAG_S]
+        self.foreign = used.beyond(sum((load for _, load in self.ended), self.placed))
         self.queue.take_report(report.queued_prefill_tokens, self.cost, now)
 
     @property

@@ -44,22 +44,6 @@ async def test_a_burst_is_partly_turned_away_and_none_of_it_fails(small: Endpoin
     assert {refusal.error["type"] for refusal in refusals} == {"rate_limit_error"}
 
 
-async def test_where_little_room_is_left_it_is_for_higher_priorities(small: Endpoint) -> None:
-    await small.until_at_rest()
-    async with AsyncExitStack() as stack:
-        for index in range(MAX_SEQUENCES - 1):
-            prompt = random_prompt(40, small.vocabulary.size, f"running {index}")
-            await anext(await stack.enter_async_context(aclosing(small.stream(prompt, 500))))
-        prompt = random_prompt(40, small.vocabulary.size, "next")
-        low = await small.try_complete(prompt, 4, priority=5)
-        high = await small.try_complete(prompt, 4, priority=-5)
-    assert isinstance(low, Refusal)
-    assert (low.status, low.error["code"]) == (429, "overloaded")
-    assert 1 <= int(low.retry_after or 0) <= 60
-    assert low.error["predicted_ttft_s"] > 0
-    assert isinstance(high, Answer)
-
-
 async def test_at_decode_a_prompt_is_computed_in_vain_and_its_client_gets_no_byte_of_an_answer(
     at_decode: Endpoint,
 ) -> None:
@@ -123,3 +107,19 @@ async def test_the_cache_gives_way_when_it_is_full_and_outputs_stay_the_same(sma
     again = [await alone(small, prompt) for prompt in prompts]
     assert min(answer.cached_tokens for answer in again) < KV_TOKENS - 101, "they cannot all be there"
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]
+
+
+async def test_where_little_room_is_left_it_is_for_higher_priorities(small: Endpoint) -> None:
+    await small.until_at_rest()
+    async with AsyncExitStack() as stack:
+        for index in range(MAX_SEQUENCES - 1):
+            prompt = random_prompt(40, small.vocabulary.size, f"running {index}")
+            await anext(await stack.enter_async_context(aclosing(small.stream(prompt, 500))))
+        prompt = random_prompt(40, small.vocabulary.size, "next")
+        low = await small.try_complete(prompt, 4, priority=5)
+        high = await small.try_complete(prompt, 4, priority=-5)
+    assert isinstance(low, Refusal)
+    assert (low.status, low.error["code"]) == (429, "overloaded")
+    assert 1 <= int(low.retry_after or 0) <= 60
+    assert low.error["predicted_ttft_s"] > 0
+    assert isinstance(high, Answer)

@@ -67,6 +67,19 @@ def test_a_report_that_shows_what_was_placed_counts_it_once() -> None:
     cluster.dispatch("b")
 
 
+def test_what_has_just_ended_is_not_taken_for_somebody_elses() -> None:
+    cluster = one_of_each(decode=0)
+    cluster.add_worker("d0", "decode", free_pages=3, total_pages=3)
+    cluster.dispatch("a")
+    cluster.finish("a")
+    cluster.report("d0", "decode", running_sequences=1, free_pages=0, total_pages=3)  # on its way before that
+    cluster.dispatch("b")
+    cluster.finish("b")
+    cluster.now += 1.0
+    cluster.report("d0", "decode", running_sequences=1, free_pages=0, total_pages=3)
+    assert cluster.reject("c").reason is RejectReason.OVERLOAD
+
+
 def test_what_others_placed_on_a_worker_counts() -> None:
     cluster = one_of_each(decode=0)
     cluster.add_worker("d0", "decode", running_sequences=1, free_pages=2, total_pages=6)
