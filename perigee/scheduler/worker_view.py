@@ -9,7 +9,6 @@ from perigee.scheduler.prompt_queue import PlacedPrefill, PromptQueue
 from perigee.workers.engine.pages import pages_needed
 from perigee.workers.messages import WorkerReport
 
-
 # A worker frees a sequence's pages a moment after its front end has the last token, and reports it then.
 REPORT_LAG_S = 0.5
 
