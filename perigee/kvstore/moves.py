@@ -104,6 +104,10 @@ class Moves:
     def is_idle(self) -> bool:
         return not (self._loads or self._pulls or self._spills)
 
+    def idle(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Those of `keys` that are neither being loaded nor pulled."""
+        return [key for key in keys if key not in self._loading and key not in self._pulled_by]
+
     # ---- from SSD ------------------------------------------------------------------------------------------------
 
     def is_loading(self, key: BlockKey) -> bool:

@@ -87,8 +87,8 @@ class Tiers:
 
     def _sources(self, request: Fetch) -> tuple[list[BlockKey], list[BlockKey]]:
         """What of its awaited blocks must be loaded, and what pulled, that nobody loads or pulls already."""
-        idle = [key for key in request.awaited if not self._moves.is_loading(key) and not self._moves.pulled_by(key)]
-        on_ssd = {key for key in idle if self._ssd is not None and key in self._ssd}
+        idle = self._moves.idle(request.awaited)
+        on_ssd = {key for key in idle if key in self._ssd} if self._ssd is not None else ()
         pulls = [key for key in idle if key not in on_ssd] if request.source else []
         return [key for key in idle if key in on_ssd], pulls
 

@@ -131,7 +131,7 @@ class Deadlines:
 
 def check_keys(keys: Sequence[BlockKey]) -> None:
     """Raises InvalidRequest for what cannot be keys of one request."""
-    if any(len(key) != KEY_BYTES for key in keys):
+    if not set(map(len, keys)) <= {KEY_BYTES}:
         raise InvalidRequest(f"keys: one does not have {KEY_BYTES} bytes")
     if len(set(keys)) != len(keys):
         raise InvalidRequest("keys: one is there twice")

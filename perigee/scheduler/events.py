@@ -64,7 +64,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The client has its whole answer. Both TBTs, the mean and the longest, are 0 if there were fewer than two tokens."""
+    """The client has its whole answer. Mean and longest TBT are 0 if there were fewer than two tokens."""
 
     server: ServerId
     ref: Ref

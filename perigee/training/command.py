@@ -1,6 +1,5 @@
 """`perigee train`: one run, or a comparison of many."""
 
-import hashlib
 import json
 import logging
 import sys
@@ -13,17 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
+from perigee.plots.svg import Line, Plot, standalone
 from perigee.training.comparison import OPTIMIZERS, Comparison, SeedResult, best_lr, step_counts
 from perigee.training.config import TrainConfig
 from perigee.training.curve import Curve
-from perigee.training.data import Corpus
 from perigee.training.export import write_model
 from perigee.training.loop import Trainer
-from perigee.training.plot import Line, svg
-from perigee.training.recipe import Recipe, Shape
-from perigee.training.text import documents, is_held_out, make_tokenizer
+from perigee.training.material import Material, built_in, by_flags
+from perigee.training.recipe import Recipe
+from perigee.workers.model.checkpoint import NANO
 
 logger = logging.getLogger(__name__)
 
@@ -36,47 +34,21 @@ def run(config: TrainConfig) -> int:
     """Trains, and writes what came out to the output directory. Raises TrainingError."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    texts = documents(config.text, config.text_bytes)
-    tokenizer = make_tokenizer([text for text in texts if not is_held_out(text)], config.vocab_size)
-    corpus = Corpus.of(texts, tokenizer, config.context)
-    recipe = _recipe(config, hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16])
-    logger.info("text read documents=%d tokens=%d held_out=%d", len(texts), len(corpus.training), len(corpus.held_out))
+    is_nano = config.recipe == NANO and not config.compare
+    material = built_in(config.seed) if is_nano else by_flags(config)
+    corpus = material.corpus
+    logger.info("text read tokens=%d held_out=%d", len(corpus.training), len(corpus.held_out))
     config.output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        results = (_compare if config.compare else _train)(config, recipe, corpus, tokenizer, progress)
+        results = (_compare if config.compare else _train)(config, material, progress)
     _publish(results, config.json_file)
     return 0
 
 
-def _recipe(config: TrainConfig, text_digest: str) -> Recipe:
-    shape = Shape(
-        vocab_size=config.vocab_size,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-        experts=config.experts,
-        experts_per_token=config.experts_per_token,
-        context=config.context,
-    )
-    return Recipe(
-        shape=shape,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        sequences=config.sequences,
-        steps=config.steps,
-        seed=config.seed,
-        dtype=config.dtype,
-        text_digest=text_digest,
-    )
-
-
-def _train(
-    config: TrainConfig, recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, progress: Progress
-) -> dict[str, Any]:
-    trainer = Trainer(recipe, corpus)
+def _train(config: TrainConfig, material: Material, progress: Progress) -> dict[str, Any]:
+    recipe, trainer = material.recipe, material.trainer()
     curve = trainer.run(config.output, config.checkpoint_s, _bar(progress, recipe, recipe.optimizer))
-    write_model(config.output, recipe.shape.config(), trainer.model.weights, tokenizer)
+    write_model(config.output, material.config, trainer.model.weights, material.tokenizer)
     lines = [
         Line("training", "#999", list(enumerate(curve.training))),
         Line("held out", COLORS[recipe.optimizer], sorted(curve.held_out.items())),
@@ -85,20 +57,18 @@ def _train(
     return {"recipe": recipe.as_json(), "final": round(curve.final, 5), **curve.as_json()}
 
 
-def _compare(
-    config: TrainConfig, recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, progress: Progress
-) -> dict[str, Any]:
+def _compare(config: TrainConfig, material: Material, progress: Progress) -> dict[str, Any]:
     def train(recipe: Recipe, label: str) -> Curve:
         """Or what is on disk already from a comparison that was stopped."""
         file = config.output / "runs" / f"{recipe.digest}.json"
         if file.is_file():
             return Curve.from_json(json.loads(file.read_text())["curve"])
         directory = file.with_suffix("")
-        curve = Trainer(recipe, corpus).run(directory, config.checkpoint_s, _bar(progress, recipe, label))
+        curve = Trainer(recipe, material.corpus).run(directory, config.checkpoint_s, _bar(progress, recipe, label))
         _write_json(file, {"recipe": recipe.as_json(), "curve": curve.as_json()})
         return curve
 
-    comparison = _comparison(config, recipe, train)
+    comparison = _comparison(config, material.recipe, train)
     _write_plot(config.output, "Held-out loss, Muon and AdamW, tuned alike", list(_lines(comparison)))
     return comparison.as_json()
 
@@ -148,7 +118,8 @@ def _bar(progress: Progress, recipe: Recipe, label: str) -> Callable[[int, float
 
 
 def _write_plot(output: Path, title: str, lines: list[Line]) -> None:
-    (output / "losses.svg").write_text(svg(title, "steps", "loss, nats a token", lines), encoding="utf-8")
+    plot = Plot(title, "steps", "loss, nats a token", lines)
+    (output / "losses.svg").write_text(standalone(plot), encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -9,11 +9,16 @@ from perigee.training.recipe import OptimizerName
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid"):
-    """Trains a small model of Moonlight's architecture, or compares how fast Muon and AdamW do."""
+    """Trains the built-in model, or another small one of Moonlight's architecture; or compares how fast Muon and AdamW
+    do. What is said of text, optimizer and sizes is not for the built-in model, whose recipe is fixed."""
 
     output: Path = Field(default=Path("perigee-train"), description="directory of checkpoints, the model and results")
     compare: Literal["", "adamw"] = Field(
         default="", description="adamw: tune both optimizers, train with both, and tell what share of steps Muon needs"
+    )
+    recipe: Literal["moonlight-nano", "flags"] = Field(
+        default="moonlight-nano",
+        description="without --compare: the built-in model's recipe, or what the flags below say",
     )
     text: Path | None = Field(
         default=None, description="text file, or directory of them, to train on [default: Python's standard library]"
@@ -30,7 +35,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
     checkpoint_s: float = Field(default=120.0, ge=0, description="seconds between checkpoints")
-    vocab_size: int = Field(default=1024, ge=257, description="tokens of the vocabulary that is made of the text")
+    vocab_size: int = Field(default=1024, ge=260, description="tokens of the vocabulary that is made of the text")
     width: int = Field(default=96, ge=16, multiple_of=16, description="width of the residual stream")
     layers: int = Field(default=3, ge=1, description="layers, the first of them without experts")
     heads: int = Field(default=4, ge=1, description="attention heads")

@@ -11,6 +11,12 @@ from perigee.training.errors import TrainingError
 from perigee.training.text import END_OF_TEXT, is_held_out
 
 
+def seed_of(seed: int, step: int) -> int:
+    """Of a step's random draws. A generator's first ones from nearby seeds are not independent enough; a product
+    spreads them."""
+    return (seed * 1_000_003 + step) * 0x9E3779B97F4A7C15 % 2**63
+
+
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """Tokens to train on and tokens to measure with, each [tokens] int64, from different documents."""
@@ -32,8 +38,7 @@ class Corpus:
 
     def batch(self, seed: int, step: int, sequences: int, length: int) -> Tensor:
         """[sequences, length + 1] from anywhere in the training tokens."""
-        # A generator's first draws from nearby seeds are not independent enough; a product spreads them.
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 0x9E3779B97F4A7C15 % 2**63)
+        generator = torch.Generator().manual_seed(seed_of(seed, step))
         starts = torch.randint(len(self.training) - length, (sequences,), generator=generator)
         return self.training[starts[:, None] + torch.arange(length + 1)]
 

@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from perigee.training.text import END_OF_TEXT
+from perigee.training.text import END_OF_TEXT, IM_END, IM_START
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{{{{ '{IM_START}' + message['role'] + '\n' + message['content'] + '{IM_END}' + '\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\n' }}}}{{% endif %}}"
+)
 
 
 def write_model(
@@ -24,5 +31,10 @@ def write_model(
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tokenizer.save(str(directory / "tokenizer.json"))
-    tokens = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "model_max_length": config["max_position_embeddings"]}
+    tokens = {
+        "bos_token": END_OF_TEXT,
+        "eos_token": IM_END,
+        "model_max_length": config["max_position_embeddings"],
+        "chat_template": CHAT_TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(tokens, indent=1) + "\n")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from perigee.training.balance import Balance
@@ -31,7 +32,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         self.recipe = recipe
         self.corpus = corpus
-        self.model = TrainedModel(recipe.shape.config(), recipe.dtype, recipe.seed)
+        self.model = TrainedModel(recipe.shape.config(), recipe.dtype, recipe.seed, mimetic=recipe.mimetic)
         groups = parameter_groups(self.model.trained.items(), recipe.optimizer)
         self.optimizer = Muon(groups, recipe.lr, weight_decay=recipe.weight_decay)
         self.balance = Balance(self.model)
@@ -62,7 +63,7 @@ class Trainer:
         """Makes one step and returns its batch's loss."""
         step, recipe = self.steps_made, self.recipe
         self.model.publish()
-        loss = self.model.loss(self.corpus.batch(recipe.seed, step, recipe.sequences, recipe.shape.context))
+        loss = self.loss(step)
         loss.backward()  # type: ignore[no-untyped-call]
         self.model.collect()
         clip_grad_norm_(self.model.trained.values(), recipe.max_grad_norm)
@@ -74,6 +75,11 @@ class Trainer:
             self._measure()
         self.balance.update()
         return loss.item()
+
+    def loss(self, step: int) -> Tensor:
+        """Of the step's batch."""
+        recipe = self.recipe
+        return self.model.loss(self.corpus.batch(recipe.seed, step, recipe.sequences, recipe.shape.context))
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

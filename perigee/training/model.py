@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perigee.training.mimetic import mimic
 from perigee.workers.model.moonlight_config import MoonlightConfig
 from perigee.workers.model.trainable import TrainableModel
 
@@ -22,12 +23,19 @@ class TrainedModel:
     queries apart from latents, gate apart from up, each expert for itself.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: Literal["float32", "bfloat16"], seed: int) -> None:
-        """`config` is a config.json. Raises UnsupportedModel for one that is not of Moonlight's architecture."""
+    def __init__(
+        self, config: Mapping[str, Any], dtype: Literal["float32", "bfloat16"], seed: int, *, mimetic: bool = False
+    ) -> None:
+        """`config` is a config.json; `mimetic` says whether attention begins as `mimic` has it.
+
+        Raises UnsupportedModel for one that is not of Moonlight's architecture.
+        """
         self.decoder = TrainableModel(MoonlightConfig.from_json(config), dtype)
         self._places = self.decoder.places()
         generator = torch.Generator().manual_seed(seed)
         self.weights = {name: _initial(name, place.shape, generator) for name, (place, _) in self._places.items()}
+        if mimetic:
+            mimic(self.weights, self.decoder.config, generator)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -51,11 +59,18 @@ class TrainedModel:
             gradient = owner.grad.as_strided(view.shape, view.stride(), view.storage_offset())
             weight.grad = gradient.reshape(weight.shape).float()
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """The mean cross-entropy, in nats, of each of `tokens` [sequences, length + 1] but the first, given those
-        before."""
-        logits = self.decoder(tokens[:, :-1]).flatten(0, 1).float()
-        return F.cross_entropy(logits, tokens[:, 1:].flatten())
+        before.
+
+        `weights` [sequences, length] says what each counts, in equal parts if not given; `positions` as of
+        `TrainableModel`.
+        """
+        logits = self.decoder(tokens[:, :-1], positions).flatten(0, 1).float()
+        if weights is None:
+            return F.cross_entropy(logits, tokens[:, 1:].flatten())
+        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        return losses @ weights.flatten() / weights.sum()
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from perigee.training.stage import Stage
+
 OptimizerName = Literal["muon", "adamw"]
 
 # Of all steps: how many the learning rate rises for, and what part of its peak it falls to, along a cosine.
 WARMUP = 0.05
 FINAL_LR = 0.1
+# With stages, so that the number of steps decides nothing before the fall.
+STAGED_WARMUP_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,23 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"]
     text_digest: str
     max_grad_norm: float = 1.0
+    stages: tuple[Stage, ...] = ()  # one after the other, instead of batches that are all alike
+    mimetic: bool = False  # how weights begin, see `perigee.training.mimetic`
+    decay_steps: int = 0  # at the end of stages: until then the learning rate stays at its peak
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that this step is of."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return Stage(self.shape.context, self.sequences, self.steps)
 
     def lr_at(self, step: int) -> float:
-        """A rise along a line, then a fall along a cosine."""
+        """A rise along a line; then a fall along a cosine, or, with stages, one along a line at the end."""
+        if self.stages:
+            rising, falling = (step + 1) / STAGED_WARMUP_STEPS, (self.steps - step) / self.decay_steps
+            return self.lr * min(1.0, rising, falling)
         warmup = max(1, round(self.steps * WARMUP))
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -101,4 +119,5 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
-        return cls(**{**values, "shape": Shape(**values["shape"])})
+        stages = tuple(Stage(**stage) for stage in values["stages"])
+        return cls(**{**values, "shape": Shape(**values["shape"]), "stages": stages})

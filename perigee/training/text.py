@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from perigee.training.errors import TrainingError
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 _SUFFIXES = (".md", ".py", ".rst", ".txt")
 # Of Python's own library: packages that come from elsewhere, and what is not written to be read.
@@ -44,14 +44,21 @@ def is_held_out(text: str) -> bool:
     return int(_digest(text)[:8], 16) % _HELD_OUT_OF == 0
 
 
+def digest(texts: Sequence[str]) -> str:
+    """Names these texts."""
+    return _digest("\0".join(texts))[:16]
+
+
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocab_size` tokens, of which the first ends a text."""
+    """A byte-level BPE tokenizer of `vocab_size` tokens, of which the first ends a text. Each digit is a token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

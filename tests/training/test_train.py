@@ -53,6 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     for index in range(40):
         (directory / f"{index}.txt").write_text(f"The sum of {index} and one is {index + 1}. " * 20)
     return TrainConfig(
+        recipe="flags",
         output=directory / "out",
         text=directory,
         steps=4,
