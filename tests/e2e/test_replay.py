@@ -27,6 +27,7 @@ SPEED = 3  # so that two cores can follow
 def roomy(tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """Room for all requests that pile up, even on a slow machine, and a cache for half of the trace."""
     flags = ("--max-sequences=512", "--kv-tokens=400000", "--max-batched-tokens=1024", "--dram-bytes=1GiB")
+    flags += ("--admission=none",)  # nothing is to be refused because it would have to wait for long
     with up(tmp_path_factory.mktemp("roomy"), tiny_llama, vocabulary, *flags) as endpoint:
         yield endpoint
 

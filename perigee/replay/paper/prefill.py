@@ -15,6 +15,10 @@ SCHEDULERS = {
     "load_balancing": "least-loaded",
     "random": "random",
 }
+_FASTER = (
+    "All four are faster than the paper's by about the same factor: what its nodes took is not published, and ours take "
+    "what the roofline says."
+)
 TRIALS = {name: Trial(mooncake(placement=placement)) for name, placement in SCHEDULERS.items()}
 BANDWIDTHS_GBPS = (24, 100, 200, 400)
 NETWORKS = {gbps: Trial(mooncake(nic_gbps=gbps)) for gbps in BANDWIDTHS_GBPS}
@@ -34,7 +38,7 @@ def mean_ttft_s(result: Result) -> float:
 
 def _ttfts(lab: Lab) -> list[Entry]:
     return [
-        entry(f"fig5.{name}", f"average TTFT, {name.replace('_', ' ')}", "s", mean_ttft_s(lab[trial]))
+        entry(f"fig5.{name}", f"average TTFT, {name.replace('_', ' ')}", "s", mean_ttft_s(lab[trial]), _FASTER)
         for name, trial in TRIALS.items()
     ]
 

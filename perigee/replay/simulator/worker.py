@@ -73,6 +73,7 @@ class Worker:
         self.node = node
         self.engine = Engine(clock, batcher, habits.profile, self, stages, habits.layers if habits.layerwise else 1)
         self.computed_prompt_tokens = 0
+        self._block_tokens = batcher.pool.page_tokens
         self._clock = clock
         self._habits = habits
         self._listener = listener
@@ -156,20 +157,22 @@ class Worker:
             self.engine.ready(active, 0)
 
     def stepped(self, steps: Steps) -> None:
-        for chunk in steps.chunks:
-            if leg := self._legs.get(chunk.active.ref):
-                self._note_start(leg, chunk, steps)
+        """Blocks are saved before anyone hears of a token: it may end its sequence."""
+        legs = [(leg, chunk) for chunk in steps.chunks if (leg := self._legs.get(chunk.active.ref))]
+        for leg, chunk in legs:
+            if leg.prefills:
+                self._note_prefill(leg, chunk, steps)
+            if self._habits.caches:
                 self._save(leg, chunk, steps)
-        for chunk in steps.chunks:
-            if chunk.samples and (leg := self._legs.get(chunk.active.ref)):
+        for leg, chunk in legs:
+            if chunk.samples and self._is_here(leg):
                 (self._first_token if leg.prefills else self._tokens)(leg, chunk.active, steps)
         self._changed(self)
 
-    def _note_start(self, leg: Leg, chunk: Chunk, steps: Steps) -> None:
-        if leg.prefills:
-            self.computed_prompt_tokens += chunk.length
-            if leg.started_at is None:
-                leg.started_at = steps.began_at
+    def _note_prefill(self, leg: Leg, chunk: Chunk, steps: Steps) -> None:
+        self.computed_prompt_tokens += chunk.length
+        if leg.started_at is None:
+            leg.started_at = steps.began_at
 
     def _first_token(self, leg: Leg, active: Active, steps: Steps) -> None:
         assert leg.started_at is not None
@@ -249,17 +252,16 @@ class Worker:
 
     def _save(self, leg: Leg, chunk: Chunk, steps: Steps) -> None:
         """Those that have a slot are written while their pages are at hand, others if there is room."""
-        if not self._habits.caches:
-            return
-        block_tokens = self.engine.batcher.pool.page_tokens
+        stop, block_tokens = chunk.stop, self._block_tokens
+        if not leg.slots and stop % block_tokens:
+            return  # which most steps do
         written: list[CommittedBlock] = []
         for block in chunk.blocks(block_tokens):
             if reserved := leg.slots.pop(block, None):
-                tokens = min(block_tokens, chunk.stop - block * block_tokens)
-                is_prompt = block * block_tokens + tokens <= leg.sequence.prompt_len
-                origin = PREFILL if is_prompt else DECODE
-                written.append(CommittedBlock(reserved.slot, reserved.nonce, tokens, origin))
-            elif self._habits.saves_outputs and (block + 1) * block_tokens <= chunk.stop:
+                end = min((block + 1) * block_tokens, stop)
+                origin = PREFILL if end <= leg.sequence.prompt_len else DECODE
+                written.append(CommittedBlock(reserved.slot, reserved.nonce, end - block * block_tokens, origin))
+            elif self._habits.saves_outputs and (block + 1) * block_tokens <= stop:
                 self._save_output(leg, block)
         if written:
             assert leg.group is not None
@@ -268,7 +270,7 @@ class Worker:
     def _save_output(self, leg: Leg, block: int) -> None:
         """A block that grew while decoding, if there is room."""
         group = self.node.group()
-        sequence, block_tokens = leg.sequence, self.engine.batcher.pool.page_tokens
+        sequence, block_tokens = leg.sequence, self._block_tokens
         *parents, key = output_keys(
             sequence.block_keys,
             sequence.ref.request_id,
@@ -282,8 +284,7 @@ class Worker:
     def _saved_output(self, group: GroupId, result: Result) -> None:
         if isinstance(result, Acquired) and result.reserved:
             (reserved,) = result.reserved
-            tokens = self.engine.batcher.pool.page_tokens
-            written = CommittedBlock(reserved.slot, reserved.nonce, tokens, DECODE)
+            written = CommittedBlock(reserved.slot, reserved.nonce, self._block_tokens, DECODE)
             self.node.commit(group, [written], self._clock.now)
         self.node.release(group)
 

@@ -1,7 +1,7 @@
 """Steps in a row, counted and timed at once."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.replay.simulator.timing import Run, run_of, step_s
@@ -29,6 +29,7 @@ def decoding(*lengths: int) -> tuple[Batcher, list[Active]]:
 Lengths = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
+@settings(deadline=None, max_examples=50)
 @given(Lengths, st.integers(1, 40))
 def test_advancing_by_n_steps_is_n_single_steps(lengths: list[int], steps: int) -> None:
     at_once, some = decoding(*lengths)
@@ -48,6 +49,7 @@ def _place(chunk: Chunk) -> tuple[object, ...]:
     return chunk.active.ref, chunk.start, chunk.length, chunk.samples
 
 
+@settings(deadline=None, max_examples=50)
 @given(Lengths, st.integers(1, 40))
 def test_a_run_takes_as_long_as_its_steps_one_by_one(lengths: list[int], steps: int) -> None:
     batcher, _ = decoding(*lengths)
@@ -59,6 +61,7 @@ def test_a_run_takes_as_long_as_its_steps_one_by_one(lengths: list[int], steps: 
     assert run.elapsed_s(steps) == pytest.approx(total_s)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-4, 1.0), st.floats(0.0, 1e-3), st.integers(1, 5000), st.floats(0.0, 0.99))
 def test_the_steps_within_a_time_are_those_that_have_ended(
     first_s: float, growth_s: float, steps: int, share: float
