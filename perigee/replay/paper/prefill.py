@@ -16,8 +16,8 @@ SCHEDULERS = {
     "random": "random",
 }
 _FASTER = (
-    "All four are faster than the paper's by about the same factor: what its nodes took is not published, and ours take "
-    "what the roofline says."
+    "All four are faster than the paper's by about the same factor: what its nodes took is not published, and ours "
+    "take what the roofline says."
 )
 TRIALS = {name: Trial(mooncake(placement=placement)) for name, placement in SCHEDULERS.items()}
 BANDWIDTHS_GBPS = (24, 100, 200, 400)
