@@ -20,11 +20,11 @@ from perigee.kvstore.addresses import ClusterProcess
 from perigee.kvstore.blocks import DTYPE_BYTES, DType
 from perigee.kvstore.config import StoreConfig, TransferName
 from perigee.scheduler.config import AdmissionName, BalanceName, ConductorConfig, PlacementName, Shadow
+from perigee.scheduler.cost.hardware import cpu
+from perigee.scheduler.cost.model_shape import ModelShape
+from perigee.scheduler.cost.profile_file import Origin, ProfileFile, read_profile, write_profile
+from perigee.scheduler.cost.roofline import roofline
 from perigee.scheduler.errors import InvalidProfile
-from perigee.scheduler.hardware import cpu
-from perigee.scheduler.model_shape import ModelShape
-from perigee.scheduler.profile_file import Origin, ProfileFile, read_profile, write_profile
-from perigee.scheduler.roofline import roofline
 from perigee.scheduler.scheduler_pb2 import ClusterRequest
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
 from perigee.server.config import ServerConfig

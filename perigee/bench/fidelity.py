@@ -29,7 +29,7 @@ from perigee.replay.simulator.cluster import NodeGroup
 from perigee.replay.simulator.simulation import simulate
 from perigee.replay.trace import TraceRequest, read_trace, scale, speed_up
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.profile_file import ProfileFile, write_profile
+from perigee.scheduler.cost.profile_file import ProfileFile, write_profile
 from perigee.workers.model.checkpoint import DEFAULT_MODEL
 
 _CHUNK_TOKENS = 2048

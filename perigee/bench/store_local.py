@@ -17,7 +17,7 @@ from perigee.kvstore.blocks import HEADER_BYTES, KEY_BYTES, NO_PARENT, PREFILL, 
 from perigee.kvstore.client import StoreClient
 from perigee.kvstore.errors import StoreClosed
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, CommittedBlock
 from perigee.kvstore.store import Store
 from perigee.kvstore.waiting import Caller

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.driver import Driver
 from perigee.kvstore.errors import StoreError
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Fetched
 from perigee.kvstore.waiting import Caller, Result, check_parent
 

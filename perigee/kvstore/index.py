@@ -16,31 +16,9 @@ from typing import NamedTuple
 from perigee.kvstore.blocks import DECODE, PREFILL, BlockKey
 from perigee.kvstore.errors import Fenced, InvalidRequest
 from perigee.kvstore.evict import EvictionPolicy
+from perigee.kvstore.holdings import NODE, Block, GroupId
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation, Tier
-
-
-class GroupId(NamedTuple):
-    """Leases and reservations that end together: a group of a connection, or both with the connection."""
-
-    connection: int
-    group: int
-
-
-NODE = 0
-"""The connection of what the node itself holds: slots that blocks are read into, blocks being written, pins."""
-
-
-@dataclass(slots=True)
-class Block:
-    """A committed block. `leases` counts the groups that hold it, `uses` how often one came to."""
-
-    key: BlockKey
-    parent: BlockKey
-    slot: int
-    num_tokens: int
-    origin: int
-    leases: int = 0
-    uses: int = 0
+from perigee.kvstore.pin_counts import PinCounts, decrement
 
 
 class Coming(NamedTuple):
@@ -87,10 +65,8 @@ class BlockIndex:
         self._free = list(range(num_slots - 1, -1, -1))
         self._nonces = itertools.count(1)
         self._events: list[BlockEvent] = []
-        # By parent key, whether or not the parent itself is resident; no zeros are kept.
-        self._children: dict[BlockKey, int] = {}
-        self._pinned_children: dict[BlockKey, int] = {}
-        self._num_pinned = 0
+        self._children: dict[BlockKey, int] = {}  # by parent key, whether or not it is resident; no zeros are kept
+        self._pins = PinCounts(self._blocks)
         self._leaving: dict[BlockKey, tuple[Block, GroupId]] = {}  # being written elsewhere, and by what group
 
     # ---- what is here --------------------------------------------------------------------------------------------
@@ -114,7 +90,7 @@ class BlockIndex:
     @property
     def room(self) -> int:
         """Slots that could be reserved now, after evicting all that may go."""
-        return len(self._free) + len(self._blocks) - self._num_pinned
+        return len(self._free) + len(self._blocks) - self._pins.num_pinned
 
     def orphaned(self, living: Collection[int]) -> int:
         """Leases and reservations of connections that are not among `living`. The node's own have an owner."""
@@ -169,7 +145,7 @@ class BlockIndex:
             return None
         for _, block in hits:
             self._use(block, now)
-        leased = tuple(_leased(index, block) for index, block in hits)
+        leased = tuple(LeasedBlock(index, block.slot, block.num_tokens, block.origin) for index, block in hits)
         return Acquired(leased, self._reserve(group, keys, parent, prefix, now + self._reservation_s))
 
     def reserve(self, group_id: GroupId, wanted: Iterable[tuple[BlockKey, BlockKey]]) -> list[Reservation]:
@@ -311,8 +287,8 @@ class BlockIndex:
         self._blocks[block.key] = block
         self._children[block.parent] = self._children.get(block.parent, 0) + 1
         self._policy.forbid(block.parent)
-        if block.key in self._pinned_children:
-            self._pin(block)
+        if self._pins.is_above_pinned(block.key):
+            self._pins.pin(block)
         self.stored_total += 1
         if block.key not in self._leaving:
             self._events.append(BlockEvent(True, block.key))
@@ -390,7 +366,7 @@ class BlockIndex:
     def _remove(self, block: Block) -> None:
         """Forgets a block without lease or children."""
         del self._blocks[block.key]
-        if _decrement(self._children, block.parent) == 0:
+        if decrement(self._children, block.parent) == 0:
             self._allow_if_evictable(self._blocks.get(block.parent))
         self.evicted_total += 1
 
@@ -398,7 +374,7 @@ class BlockIndex:
         if block and not block.leases and block.key not in self._children:
             self._policy.allow(block.key, partial=block.num_tokens < self._block_tokens)
 
-    # ---- leases of one block, and pins ---------------------------------------------------------------------------
+    # ---- leases of one block ------------------------------------------------------------------------------------
 
     def _lease(self, group: _Group, block: Block) -> bool:
         """Whether the group did not hold it before."""
@@ -409,8 +385,8 @@ class BlockIndex:
         if block.leases == 1:
             self.num_leased += 1
             self._policy.forbid(block.key)
-            if block.key not in self._pinned_children:
-                self._pin(block)
+            if not self._pins.is_above_pinned(block.key):
+                self._pins.pin(block)
         return True
 
     def _unlease(self, group: _Group, block: Block) -> None:
@@ -418,39 +394,6 @@ class BlockIndex:
         block.leases -= 1
         if block.leases == 0:
             self.num_leased -= 1
-            if block.key not in self._pinned_children:
-                self._unpin(block)
+            if not self._pins.is_above_pinned(block.key):
+                self._pins.unpin(block)
             self._allow_if_evictable(block)
-
-    def _pin(self, block: Block) -> None:
-        """`block` just became pinned, and with it those ancestors that were not: O(1) amortized along a chain."""
-        pinned: Block | None = block
-        while pinned:
-            self._num_pinned += 1
-            siblings = self._pinned_children.get(pinned.parent, 0)
-            self._pinned_children[pinned.parent] = siblings + 1
-            parent = self._blocks.get(pinned.parent)
-            pinned = parent if parent and not siblings and not parent.leases else None
-
-    def _unpin(self, block: Block) -> None:
-        """The reverse of `_pin`."""
-        unpinned: Block | None = block
-        while unpinned:
-            self._num_pinned -= 1
-            siblings = _decrement(self._pinned_children, unpinned.parent)
-            parent = self._blocks.get(unpinned.parent)
-            unpinned = parent if parent and not siblings and not parent.leases else None
-
-
-def _leased(index: int, block: Block) -> LeasedBlock:
-    return LeasedBlock(index, block.slot, block.num_tokens, block.origin)
-
-
-def _decrement(counts: dict[BlockKey, int], key: BlockKey) -> int:
-    """Counts one down and keeps no zero; returns what is left."""
-    left = counts[key] - 1
-    if left:
-        counts[key] = left
-    else:
-        del counts[key]
-    return left

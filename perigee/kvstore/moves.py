@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.errors import InvalidRequest
-from perigee.kvstore.index import NODE, Block, BlockIndex, GroupId
+from perigee.kvstore.holdings import NODE, Block, GroupId
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.jobs import CancelPull, Expected, Job, Load, Pull, Spill
 from perigee.kvstore.messages import CommittedBlock, Reservation
 from perigee.kvstore.records import Location, Record

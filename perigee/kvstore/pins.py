@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.errors import InvalidRequest, QuotaExceeded
-from perigee.kvstore.index import NODE, BlockIndex, GroupId
+from perigee.kvstore.holdings import NODE, GroupId
+from perigee.kvstore.index import BlockIndex
 
 
 @dataclass(frozen=True, slots=True)

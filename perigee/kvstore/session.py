@@ -11,7 +11,7 @@ from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.driver import Driver
 from perigee.kvstore.errors import Fenced, InvalidRequest, MalformedFrame, QuotaExceeded
 from perigee.kvstore.framing import FrameReader, frame
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, Fetched
 from perigee.kvstore.waiting import Answer, Caller, Result
 from perigee.kvstore.wire import acquired_to_pb, committed_from_pb, fetched_to_pb, refused_to_pb

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.driver import Driver
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Fetched, LeasedBlock
 from perigee.kvstore.transfer.base import SourceBlock
 from perigee.kvstore.waiting import Caller, Result

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from perigee.kvstore.blocks import BlockKey
-from perigee.kvstore.index import Block
+from perigee.kvstore.holdings import Block
 from perigee.kvstore.messages import BlockEvent, Tier
 from perigee.kvstore.records import Location, Record
 from perigee.kvstore.ssd_index import SsdIndex

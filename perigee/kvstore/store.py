@@ -15,7 +15,8 @@ from functools import partial
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.errors import NoRoom, TooLarge
 from perigee.kvstore.evict import EvictionPolicy
-from perigee.kvstore.index import BlockIndex, Coming, GroupId
+from perigee.kvstore.holdings import GroupId
+from perigee.kvstore.index import BlockIndex, Coming
 from perigee.kvstore.jobs import Job
 from perigee.kvstore.limits import StoreLimits, Totals
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from perigee.kvstore.blocks import BlockKey
-from perigee.kvstore.index import Block, BlockIndex
+from perigee.kvstore.holdings import Block
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.jobs import DropSegment
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import BlockEvent, Tier

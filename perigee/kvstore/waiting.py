@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from perigee.kvstore.blocks import KEY_BYTES, BlockKey
 from perigee.kvstore.errors import InvalidRequest, StoreError
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, Fetched, LeasedBlock, Reservation
 
 

@@ -19,8 +19,8 @@ from perigee.profiling.config import ProfileConfig
 from perigee.profiling.measure import Bench, Effort
 from perigee.profiling.probe import Probe
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.fit import Fitted, Samples, fit
-from perigee.scheduler.profile_file import Origin, PartError, ProfileFile, write_profile
+from perigee.scheduler.cost.fit import Fitted, Samples, fit
+from perigee.scheduler.cost.profile_file import Origin, PartError, ProfileFile, write_profile
 
 logger = logging.getLogger(__name__)
 

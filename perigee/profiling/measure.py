@@ -10,7 +10,7 @@ import numpy as np
 
 from perigee.profiling.design import Sizes
 from perigee.profiling.probe import Probe
-from perigee.scheduler.fit import MoveSample, PrefillSample, Samples, StepSample
+from perigee.scheduler.cost.fit import MoveSample, PrefillSample, Samples, StepSample
 from perigee.workers.messages import PrefillDone
 
 logger = logging.getLogger(__name__)

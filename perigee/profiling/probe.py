@@ -11,7 +11,7 @@ from perigee.kvstore.access import Access
 from perigee.kvstore.blocks import chain
 from perigee.profiling.cluster import Card, Worker
 from perigee.profiling.errors import ProfilingError
-from perigee.scheduler.fit import StepSample
+from perigee.scheduler.cost.fit import StepSample
 from perigee.workers import messages
 from perigee.workers.client import AttemptChannel, WorkerClient
 from perigee.workers.engine.sequence import Ref, Sampling

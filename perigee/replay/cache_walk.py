@@ -6,7 +6,8 @@ from time import perf_counter
 
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.evict import EvictionPolicy
-from perigee.kvstore.index import BlockIndex, GroupId
+from perigee.kvstore.holdings import GroupId
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.messages import CommittedBlock
 from perigee.replay.keys import ROOT, PromptKeys
 from perigee.replay.trace import TraceRequest

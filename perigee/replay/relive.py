@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from perigee.scheduler.commands import Command
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.errors import InvalidRecording
-from perigee.scheduler.eventlog import Header, Record
 from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS, Policies, PolicyNames, make_policies
+from perigee.scheduler.recording.eventlog import Header, Record
 from perigee.scheduler.shadow import Shadow, Tally
 
 

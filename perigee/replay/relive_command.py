@@ -14,8 +14,8 @@ from perigee.replay.relive import Difference, Reliving, relive
 from perigee.replay.report import check_json_file
 from perigee.scheduler.config import AdmissionName, PlacementName
 from perigee.scheduler.errors import InvalidRecording
-from perigee.scheduler.eventlog import LogDecoder
-from perigee.scheduler.recording import read_lines
+from perigee.scheduler.recording.eventlog import LogDecoder
+from perigee.scheduler.recording.files import read_lines
 from perigee.scheduler.shadow import Tally
 
 Json = dict[str, object]

@@ -22,8 +22,8 @@ from perigee.scheduler.commands import (
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.events import Event, ServerLost, Tick
 from perigee.scheduler.ids import ServerId
-from perigee.scheduler.journal import Journal
 from perigee.scheduler.mover import Mover
+from perigee.scheduler.recording.journal import Journal
 from perigee.scheduler.watches import StoreWatch, WorkerWatch
 
 _log = logging.getLogger(__name__)

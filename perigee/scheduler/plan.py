@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from perigee.scheduler.cost import Quantity
+from perigee.scheduler.cost.model import Quantity
 from perigee.scheduler.ids import WorkerId
 from perigee.scheduler.worker_view import WorkerView
 

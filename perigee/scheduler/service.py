@@ -15,12 +15,12 @@ from perigee.scheduler import scheduler_pb2_grpc as rpc
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.config import ConductorConfig, parse_policies
 from perigee.scheduler.cost import CostProfile
+from perigee.scheduler.cost.profile_file import read_profile
 from perigee.scheduler.driver import Driver, Outbox
 from perigee.scheduler.errors import InvalidMessage, SchedulerError
 from perigee.scheduler.ids import ServerId, WorkerId
-from perigee.scheduler.journal import Journal
 from perigee.scheduler.policies import make_policies
-from perigee.scheduler.profile_file import read_profile
+from perigee.scheduler.recording.journal import Journal
 from perigee.scheduler.shadow import Shadow
 from perigee.scheduler.wire import command_to_pb, error_to_pb, event_from_pb, moves_to_pb, shadow_to_pb
 from perigee.workers.wire import card_to_pb, report_to_pb

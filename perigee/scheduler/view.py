@@ -1,14 +1,14 @@
 """The cluster as the Conductor knows it. Only the Conductor changes it; policies read it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from perigee.scheduler.accuracy import Accuracy
 from perigee.scheduler.commands import Drain, Replicate, SetRole, Trim
 from perigee.scheduler.copy_log import CopyLog
 from perigee.scheduler.cost import CostModel, CostProfile
+from perigee.scheduler.cost.accuracy import Accuracy
 from perigee.scheduler.events import BlockEvents, RequestArrived, WorkerJoined
 from perigee.scheduler.fairness import Ranks, Shares
 from perigee.scheduler.fleet import Fleet
@@ -32,7 +32,6 @@ from perigee.workers.messages import ModelCard, WorkerReport
 
 # Who failed an attempt is remembered for this long, in case the server submits the next one.
 FAILURE_MEMORY_S = 30.0
-
 
 # Weight of one finished request in the mean time that decoding takes.
 _DECODE_WEIGHT = 0.05
@@ -66,7 +65,6 @@ class InFlight:
     rank: float = 0.0
     placed_at: float = 0.0
     phase: Phase = Phase.PREFILL
-    phase_at: float = 0.0  # when it came to its phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,9 @@ class FailedAttempt:
 
 
 class ClusterView:
-    """Workers, store nodes, prefix locations and requests in flight. `weights` are of tenants whose fair share is not
-    that of one."""
+    """Workers, store nodes, prefix locations and requests in flight."""
 
-    def __init__(self, profile: CostProfile, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, profile: CostProfile) -> None:
         self.profile = profile
         self.costs = CostModel(profile)
         self.workers: dict[WorkerId, WorkerView] = {}
@@ -100,8 +97,8 @@ class ClusterView:
         self.tbt_error = Accuracy()
         self.lengths = LengthModel()
         self.forecast = Forecast(self.lengths)
-        self.ranks = Ranks(weights)
-        self.shares = Shares(weights)
+        self.ranks = Ranks()
+        self.shares = Shares()
         self.mean_decode_s = math.inf  # until an answer has ended
         self._num_decoded = 0
         self._demand: tuple[RequestArrived, ModelCard, Demand] | None = None  # of the last request
@@ -155,7 +152,6 @@ class ClusterView:
             work_s=plan.prefill.compute_s,
             rank=rank,
             placed_at=now,
-            phase_at=now,
         )
         self.ordered_prefill_s += plan.prefill.load_s + plan.prefill.compute_s
         self._note_copies(request, plan, now)
@@ -198,7 +194,7 @@ class ClusterView:
     def end_prefill(self, key: RequestKey, now: float) -> None:
         """The prefill worker has nothing to compute for this request any more."""
         request = self.requests[key]
-        request.phase, request.phase_at = Phase.HANDOVER, now
+        request.phase = Phase.HANDOVER
         prefill = self.workers[request.prefill]
         prefill.queue.remove(key, now)
         self.fleet.refresh(prefill)
@@ -208,7 +204,7 @@ class ClusterView:
     def start_decode(self, key: RequestKey, now: float) -> None:
         """The decode worker has it in its batch."""
         request = self.requests[key]
-        request.phase, request.phase_at = Phase.DECODE, now
+        request.phase = Phase.DECODE
         self.forecast.joined(key, request.decode, now)
 
     def drop(self, key: RequestKey, now: float) -> None:

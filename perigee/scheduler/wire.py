@@ -7,8 +7,8 @@ from perigee.kvstore import store_pb2
 from perigee.kvstore.blocks import KEY_BYTES, BlockKey
 from perigee.kvstore.messages import BlockEvent, Tier
 from perigee.scheduler import scheduler_pb2 as pb
-from perigee.scheduler.accuracy import ErrorSummary
 from perigee.scheduler.commands import Dispatch, Proceed, Reject, ServerCommand, WorkerAddress
+from perigee.scheduler.cost.accuracy import ErrorSummary
 from perigee.scheduler.errors import InvalidMessage
 from perigee.scheduler.events import (
     BlockEvents,

@@ -16,7 +16,7 @@ from perigee.bench.pinned import pin
 from perigee.replay.metrics import Distribution
 from perigee.replay.trace import TraceRequest
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.profile_file import Origin, ProfileFile
+from perigee.scheduler.cost.profile_file import Origin, ProfileFile
 
 NOTHING = Distribution(None, None, None, None)
 PROFILE = CostProfile(prefill_fixed_s=0.0, prefill_token_s=1e-3, prefill_pair_s=0.0)

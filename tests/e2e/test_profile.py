@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from perigee.scheduler.profile_file import ProfileFile, read_profile
+from perigee.scheduler.cost.profile_file import ProfileFile, read_profile
 from tests.cluster import cluster
 from tests.e2e.conftest import up
 from tests.e2e.endpoint import Endpoint, Vocabulary

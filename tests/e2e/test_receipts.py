@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from perigee.scheduler.recording import read_lines
+from perigee.scheduler.recording.files import read_lines
 from tests.cluster import cluster
 from tests.e2e.conftest import MODEL
 from tests.e2e.endpoint import PATIENCE_S

@@ -5,7 +5,8 @@ import pytest
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.errors import InvalidRequest
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import NODE, BlockIndex, GroupId
+from perigee.kvstore.holdings import NODE, GroupId
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.messages import BlockEvent, CommittedBlock, Reservation
 from tests.kvstore.keys import ROOT, chain
 

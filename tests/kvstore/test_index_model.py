@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import BlockIndex, GroupId
+from perigee.kvstore.holdings import GroupId
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.messages import CommittedBlock
 from tests.kvstore.keys import ROOT, chain, key
 

@@ -6,7 +6,7 @@ import pytest
 
 from perigee.kvstore.blocks import PREFILL, BlockKey, DType, chain, namespace
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, CommittedBlock
 from perigee.kvstore.store import Store
 from perigee.kvstore.waiting import Caller

@@ -2,7 +2,7 @@
 
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.jobs import Spill
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched

@@ -5,7 +5,7 @@ import pytest
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.errors import InvalidRequest, NoRoom, TooLarge
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched
 from perigee.kvstore.store import Store
 from perigee.kvstore.waiting import Answer, Caller

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.errors import NoRoom, QuotaExceeded
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.jobs import CancelPull, DropSegment, Load, Pull, Spill
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier

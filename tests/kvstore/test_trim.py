@@ -5,7 +5,7 @@ import pytest
 from perigee.kvstore.blocks import PREFILL, BlockKey
 from perigee.kvstore.errors import InvalidRequest
 from perigee.kvstore.evict import LRU
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.jobs import Load, Spill
 from perigee.kvstore.limits import StoreLimits
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Tier

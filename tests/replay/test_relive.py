@@ -14,10 +14,10 @@ from perigee.scheduler.commands import Command
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import InvalidRecording
-from perigee.scheduler.eventlog import Header, Record
 from perigee.scheduler.events import Event, Tick
 from perigee.scheduler.policies import PolicyNames, make_policies
-from perigee.scheduler.recording import Recorder
+from perigee.scheduler.recording.eventlog import Header, Record
+from perigee.scheduler.recording.files import Recorder
 from tests.scheduler.cluster import PROFILE, Cluster, keys
 
 Replay = Callable[..., tuple[int, dict[str, Any]]]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perigee.scheduler.accuracy import Accuracy, ErrorSummary
+from perigee.scheduler.cost.accuracy import Accuracy, ErrorSummary
 
 
 def test_without_observations_all_is_zero() -> None:

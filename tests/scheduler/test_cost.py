@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from perigee.scheduler.corrections import Handling
-from perigee.scheduler.cost import HALF_LIFE_S, CostModel, CostProfile, WorkerCost
+from perigee.scheduler.cost import CostModel, CostProfile, WorkerCost
+from perigee.scheduler.cost.corrections import Handling
+from perigee.scheduler.cost.model import HALF_LIFE_S
 from tests.scheduler.cluster import PROFILE
 
 

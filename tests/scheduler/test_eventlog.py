@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.kvstore.blocks import BlockKey
-from perigee.scheduler import keybook
 from perigee.scheduler.commands import (
     Dispatch,
     Exclude,
@@ -28,12 +27,13 @@ from perigee.scheduler.commands import (
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import InvalidRecording, SchedulerError
-from perigee.scheduler.eventlog import Header, LogDecoder, LogEncoder, Record
 from perigee.scheduler.events import RequestArrived, Tick
 from perigee.scheduler.ids import NodeId, WorkerId
-from perigee.scheduler.keybook import KeyReader, KeyWriter
 from perigee.scheduler.policies import PolicyNames
-from perigee.scheduler.recording import Recorder, read_lines
+from perigee.scheduler.recording import keybook
+from perigee.scheduler.recording.eventlog import Header, LogDecoder, LogEncoder, Record
+from perigee.scheduler.recording.files import Recorder, read_lines
+from perigee.scheduler.recording.keybook import KeyReader, KeyWriter
 from perigee.scheduler.slo import Slo
 from perigee.workers.engine.sequence import Ref
 from tests.scheduler.cluster import SERVER, keys

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from perigee.scheduler.cost import CostProfile
+from perigee.scheduler.cost.fit import Fitted, MoveSample, PrefillSample, Samples, StepSample, fit
+from perigee.scheduler.cost.hardware import A800_80G
+from perigee.scheduler.cost.model_shape import MOONLIGHT_16B_A3B
+from perigee.scheduler.cost.roofline import roofline
 from perigee.scheduler.errors import InvalidProfile
-from perigee.scheduler.fit import Fitted, MoveSample, PrefillSample, Samples, StepSample, fit
-from perigee.scheduler.hardware import A800_80G
-from perigee.scheduler.model_shape import MOONLIGHT_16B_A3B
-from perigee.scheduler.roofline import roofline
 
 TRUE = CostProfile(
     prefill_fixed_s=8e-3,

@@ -12,10 +12,10 @@ from perigee.scheduler.config import ConductorConfig, parse_policies
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import SchedulerError
 from perigee.scheduler.events import Tick
-from perigee.scheduler.journal import Journal
 from perigee.scheduler.policies import PolicyNames
 from perigee.scheduler.receipts import Receipt
-from perigee.scheduler.recording import read_lines
+from perigee.scheduler.recording.files import read_lines
+from perigee.scheduler.recording.journal import Journal
 from tests.scheduler.cluster import one_of_each
 
 

@@ -17,9 +17,9 @@ from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.driver import Driver
 from perigee.scheduler.events import Tick
 from perigee.scheduler.ids import NodeId, WorkerId
-from perigee.scheduler.journal import Journal
 from perigee.scheduler.mover import Mover
 from perigee.scheduler.policies import make_policies
+from perigee.scheduler.recording.journal import Journal
 from perigee.scheduler.view import ClusterView
 from perigee.workers import worker_pb2
 from tests.kvstore.conftest import HostedDirectory, hosted_directory  # noqa: F401  # a fixture

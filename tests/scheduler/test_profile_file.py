@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from perigee.scheduler.cost import CostProfile
+from perigee.scheduler.cost.hardware import A800_80G
+from perigee.scheduler.cost.model_shape import MODELS, ModelShape
+from perigee.scheduler.cost.profile_file import Origin, PartError, ProfileFile, as_yaml, read_profile, write_profile
+from perigee.scheduler.cost.roofline import roofline
 from perigee.scheduler.errors import InvalidProfile
-from perigee.scheduler.hardware import A800_80G
-from perigee.scheduler.model_shape import MODELS, ModelShape
-from perigee.scheduler.profile_file import Origin, PartError, ProfileFile, as_yaml, read_profile, write_profile
-from perigee.scheduler.roofline import roofline
 
 MEASURED = ProfileFile.of(
     CostProfile(prefill_pair_s=1.23456789e-11),

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from perigee.scheduler.cost.hardware import A800_80G, H100_80G, H800_80G, HARDWARE, Hardware, cpu
+from perigee.scheduler.cost.model_shape import LLAMA3_70B, MODELS, MOONLIGHT_16B_A3B, ModelShape
+from perigee.scheduler.cost.roofline import kv_capacity_tokens, roofline
 from perigee.scheduler.errors import InvalidProfile
-from perigee.scheduler.hardware import A800_80G, H100_80G, H800_80G, HARDWARE, Hardware, cpu
-from perigee.scheduler.model_shape import LLAMA3_70B, MODELS, MOONLIGHT_16B_A3B, ModelShape
-from perigee.scheduler.roofline import kv_capacity_tokens, roofline
 from perigee.workers.model.config import ModelConfig
 from perigee.workers.model.llama_config import LlamaConfig
 from perigee.workers.model.moonlight_config import MoonlightConfig

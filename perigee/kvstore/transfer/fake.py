@@ -1,12 +1,12 @@
-"""Scripted stand-ins: a store that serves blocks from memory, and a transfer that needs no network."""
+"""A scripted stand-in for a store: blocks that are served from memory."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from perigee.kvstore.blocks import HEADER_BYTES, PREFILL, BlockKey, PayloadHeader
-from perigee.kvstore.transfer.base import Received, SourceBlock, TransferFailed, Wanted
+from perigee.kvstore.blocks import PREFILL, BlockKey, PayloadHeader
+from perigee.kvstore.transfer.base import SourceBlock
 
 
 def payload_of(content: bytes, num_tokens: int = 32) -> bytes:
@@ -66,30 +66,6 @@ class MemorySource:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-class MemoryTransfer:
-    """A `Transfer` between sources of this process. A peer that is not among them cannot be reached."""
-
-    def __init__(self, peers: Mapping[str, MemorySource]) -> None:
-        self.peers = dict(peers)
-        self.corrupt_received_total = 0
-
-    async def pull(self, peer: str, wanted: Sequence[Wanted], wait_s: float) -> AsyncGenerator[Received, None]:
-        source = self.peers.get(peer)
-        if source is None:
-            raise TransferFailed(f"cannot reach {peer!r}")
-        async for blocks in source.lease([block.key for block in wanted], wait_s):
-            for block in blocks:
-                into = wanted[block.index].into
-                into[:] = block.payload
-                if PayloadHeader.unpack(into).checksum == xxh3_64_intdigest(into[HEADER_BYTES:]):
-                    yield Received(wanted[block.index].index, block.num_tokens, block.origin)
-                else:
-                    self.corrupt_received_total += 1
-
-    async def close(self) -> None:
-        self.peers.clear()
 
 
 async def _set_before(event: asyncio.Event, deadline: float) -> bool:

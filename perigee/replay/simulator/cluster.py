@@ -10,8 +10,8 @@ from pydantic_core import ErrorDetails
 from perigee.kvstore.evict import PolicyName
 from perigee.replay.errors import ClusterError
 from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
-from perigee.scheduler.hardware import HARDWARE
-from perigee.scheduler.model_shape import MODELS
+from perigee.scheduler.cost.hardware import HARDWARE
+from perigee.scheduler.cost.model_shape import MODELS
 from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS
 
 Role = Literal["prefill", "decode", "mixed"]

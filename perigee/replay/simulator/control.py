@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Fetched
 from perigee.kvstore.waiting import Result
 from perigee.replay.simulator.clock import Clock

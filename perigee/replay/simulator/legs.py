@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import LeasedBlock, Reservation, Tier
 from perigee.replay.metrics import CachedByTier
 from perigee.workers.engine.batcher import Active

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from perigee.replay.errors import ClusterError
 from perigee.replay.simulator.cluster import Cluster, NodeGroup
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.hardware import HARDWARE
-from perigee.scheduler.model_shape import MODELS
-from perigee.scheduler.profile_file import read_profile
-from perigee.scheduler.roofline import kv_capacity_tokens, roofline
+from perigee.scheduler.cost.hardware import HARDWARE
+from perigee.scheduler.cost.model_shape import MODELS
+from perigee.scheduler.cost.profile_file import read_profile
+from perigee.scheduler.cost.roofline import kv_capacity_tokens, roofline
 
 _GIB = 1 << 30
 

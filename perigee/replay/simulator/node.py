@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.jobs import CancelPull, DropSegment, Job, Load, Pull, Spill
 from perigee.kvstore.messages import CommittedBlock, Fetched, LeasedBlock
 from perigee.kvstore.moves import PulledBlock

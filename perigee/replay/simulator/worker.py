@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from perigee.kvstore.blocks import DECODE, PREFILL
-from perigee.kvstore.index import GroupId
+from perigee.kvstore.holdings import GroupId
 from perigee.kvstore.messages import Acquired, CommittedBlock, Fetched, LeasedBlock
 from perigee.kvstore.waiting import Result
 from perigee.replay.keys import ROOT, output_keys

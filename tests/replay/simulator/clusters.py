@@ -5,7 +5,7 @@ from pathlib import Path
 from perigee.replay.simulator.cluster import Cluster
 from perigee.replay.trace import TraceRequest
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.profile_file import Origin, ProfileFile, write_profile
+from perigee.scheduler.cost.profile_file import Origin, ProfileFile, write_profile
 
 BLOCK = 32
 

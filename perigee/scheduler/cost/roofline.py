@@ -6,8 +6,8 @@ such narrow products comes to.
 """
 
 from perigee.scheduler.cost import CostProfile
-from perigee.scheduler.hardware import Hardware
-from perigee.scheduler.model_shape import ModelShape
+from perigee.scheduler.cost.hardware import Hardware
+from perigee.scheduler.cost.model_shape import ModelShape
 
 # Decode batches up to which the line through the roofline's two ends is drawn.
 _LARGE_BATCH = 256

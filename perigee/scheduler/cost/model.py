@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perigee.scheduler.corrections import Correction, Handling, Line
+from perigee.scheduler.cost.corrections import Correction, Handling, Line
 
 Quantity = TypeVar("Quantity", float, NDArray[np.float64])
 

@@ -15,11 +15,11 @@ from perigee.scheduler.commands import Command
 from perigee.scheduler.config import ConductorConfig
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import SchedulerError
-from perigee.scheduler.eventlog import Header
 from perigee.scheduler.events import Event
 from perigee.scheduler.receipt_json import document
 from perigee.scheduler.receipts import Receipt
-from perigee.scheduler.recording import Recorder
+from perigee.scheduler.recording.eventlog import Header
+from perigee.scheduler.recording.files import Recorder
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from perigee.scheduler.commands import Command
 from perigee.scheduler.errors import InvalidRecording, SchedulerError
-from perigee.scheduler.eventlog import Header, LogEncoder
 from perigee.scheduler.events import Event
+from perigee.scheduler.recording.eventlog import Header, LogEncoder
 
 _log = logging.getLogger(__name__)
 

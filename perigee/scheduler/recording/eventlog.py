@@ -19,9 +19,9 @@ from perigee.scheduler.commands import Command
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import InvalidRecording
 from perigee.scheduler.events import Event
-from perigee.scheduler.fields import Decoder, decoder, encoder, is_optional
-from perigee.scheduler.keybook import KeyReader, KeyWriter
 from perigee.scheduler.policies import PolicyNames
+from perigee.scheduler.recording.fields import Decoder, decoder, encoder, is_optional
+from perigee.scheduler.recording.keybook import KeyReader, KeyWriter
 
 FORMAT = 1
 

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, get_args, get_origin, get_type_hints
 
 from perigee.kvstore.blocks import BlockKey
-from perigee.scheduler.keybook import KeyReader, KeyWriter
+from perigee.scheduler.recording.keybook import KeyReader, KeyWriter
 
 Encoder = Callable[[Any], Any]
 Decoder = Callable[[Any], Any]
