@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 from perigee.plots.page import Section
-from perigee.replay.metrics import Outcome
 from perigee.replay.paper.clusters import NODE_TOKENS, mooncake
 from perigee.replay.paper.entry import Entry, entry
 from perigee.replay.paper.experiments import Experiment
-from perigee.replay.paper.lab import Lab, Result, Trial
+from perigee.replay.paper.lab import Lab, Trial
 from perigee.replay.paper.tables import of_entries
-from perigee.replay.simulator.machine import machine_of
 
 CAPACITIES = (1, 3, 10, 30, 50)
 """In millions of tokens."""
@@ -43,17 +41,11 @@ def _hit_ratios(lab: Lab) -> list[Entry]:
 def _sharing(lab: Lab) -> list[Entry]:
     ours, local = lab[GLOBAL], lab[LOCAL]
     hits = ours.report().cached_token_ratio / (local.report().cached_token_ratio or 1.0)
-    compute = _compute_s(ours) / (_compute_s(local) or 1.0)
+    compute = ours.prefill_s() / (local.prefill_s() or 1.0)
     return [
         entry("fig10.hit_gain", "hit ratio with the global cache over that with local ones", "×", hits, _GAIN),
         entry("fig10.prefill_time", "time that prompts are computed, likewise", "×", compute),
     ]
-
-
-def _compute_s(result: Result) -> float:
-    profile = machine_of(GLOBAL.cluster).profile
-    done = [each for each in result.simulated.records if each.outcome is Outcome.COMPLETED]
-    return sum(profile.prefill_s(each.prompt_tokens - each.cached_tokens, each.cached_tokens) for each in done)
 
 
 def _capacity_section(lab: Lab, entries: Sequence[Entry]) -> Section:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from perigee.kvstore.evict import LRU
 from perigee.replay.cache_walk import Prompt, prompts_of, walk
-from perigee.replay.metrics import Report, Slo, summarize
+from perigee.replay.metrics import Outcome, Report, Slo, summarize
+from perigee.replay.paper.clusters import mooncake
 from perigee.replay.series import Sample
 from perigee.replay.simulator.cluster import Cluster
+from perigee.replay.simulator.machine import machine_of
 from perigee.replay.simulator.simulation import Simulated, simulate
 from perigee.replay.trace import BLOCK_TOKENS, read_trace, speed_up
 
@@ -39,17 +41,24 @@ class Result:
         """Effective request capacity: the share of all requests that met both bounds (FAST '25, section 5.1)."""
         return self.report(ttft_s, tbt_s).goodput_ratio
 
+    def prefill_s(self) -> float:
+        """Time on a worker that the prompts of all completed requests took to compute, by the paper's testbed."""
+        profile = machine_of(mooncake()).profile
+        done = [each for each in self.simulated.records if each.outcome is Outcome.COMPLETED]
+        return sum(profile.prefill_s(each.prompt_tokens - each.cached_tokens, each.cached_tokens) for each in done)
+
     @property
     def samples(self) -> tuple[Sample, ...]:
         return self.simulated.samples
 
 
 class Lab:
-    """The results of trials on one trace, of which the first `limit` requests are used."""
+    """The results of trials on one trace, of which the first `limit` requests are used. Raises TraceError."""
 
     def __init__(self, trace: Path, limit: int | None = None) -> None:
         self.trace = trace
         self.limit = limit
+        self._requests = read_trace(trace)[:limit]
         self._results: dict[Trial, Result] = {}
 
     def __getitem__(self, trial: Trial) -> Result:
@@ -62,7 +71,7 @@ class Lab:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        return prompts_of(read_trace(self.trace)[: self.limit], BLOCK_TOKENS)
+        return prompts_of(self._requests, BLOCK_TOKENS)
 
     def run(self, trials: Iterable[Trial], done: Callable[[], None]) -> None:
         """All that have not been run; `done` is called after each. Raises ReplayError or InvalidProfile."""
