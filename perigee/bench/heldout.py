@@ -33,12 +33,7 @@ def _loss(engine: Engine, row: Sequence[int]) -> float:
     model = engine.runner.model
     hook = model.register_forward_hook(lambda module, arguments, output: hidden.append(output))
     sequence = TokenSequence(Ref("loss"), tuple(row), len(row), (), Sampling(temperature=0.0, max_tokens=1))
-    engine.batcher.add(sequence, one_token=False)
-    for active in engine.batcher.admit():
-        engine.ready(active, 0)
-    while engine.step():
-        pass
-    engine.batcher.remove(sequence.ref)
+    engine.run_alone(sequence)
     hook.remove()
     with torch.inference_mode():
         logits = model.logits(torch.cat(hidden)[: len(row) - 1]).float()

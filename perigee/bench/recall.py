@@ -143,14 +143,7 @@ def _recall(engine: Engine, tokenizer: Tokenizer, needles: Sequence[Needle]) -> 
 
 def _answer(engine: Engine, prompt: Sequence[int]) -> list[int]:
     sampling = Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
-    sequence = TokenSequence(Ref("recall"), tuple(prompt), len(prompt), (), sampling)
-    engine.batcher.add(sequence, one_token=False)
-    (active,) = engine.batcher.admit()
-    engine.ready(active, 0)
-    while engine.step():
-        pass
-    engine.batcher.remove(sequence.ref)
-    return active.token_ids[len(prompt) :]
+    return engine.run_alone(TokenSequence(Ref("recall"), tuple(prompt), len(prompt), (), sampling))
 
 
 def _print(results: Mapping[str, Any]) -> None:

@@ -81,10 +81,5 @@ def _warm_up(engine: Engine, limits: BatchLimits) -> None:
     sequence = Sequence(Ref("warm-up"), (0,) * max(1, length), max(1, length), (), sampling)
     if engine.batcher.refusal(sequence, one_token=False):
         return
-    engine.batcher.add(sequence, one_token=False)
-    for active in engine.batcher.admit():
-        engine.ready(active, 0)
-    while engine.step():
-        pass
-    engine.batcher.remove(sequence.ref)
+    engine.run_alone(sequence)
     engine.totals = EngineTotals()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from perigee.kvstore import node
@@ -73,3 +74,31 @@ async def get(
     finally:
         group.release()
     return sorted(blocks, key=lambda block: block.index)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two nodes with a worker each."""
+
+    near: RunningNode
+    far: RunningNode
+    here: StoreClient
+    there: StoreClient
+
+    async def assert_at_rest(self) -> None:
+        for each in (self.near, self.far):
+            status = await each.status()
+            assert (status.leased_blocks, status.reserved_blocks, status.orphaned_blocks) == (0, 0, 0)
+
+
+@contextlib.asynccontextmanager
+async def paired(folder: Path, directory: HostedDirectory) -> AsyncIterator[Pair]:
+    """Nodes that know each other as near and far."""
+    async with contextlib.AsyncExitStack() as nodes:
+        near, far = [
+            await nodes.enter_async_context(running(config_of(directory, folder, name), directory))
+            for name in ("near", "far")
+        ]
+        here, there = await near.connect(), await far.connect()
+        yield Pair(near, far, here, there)
+        await asyncio.gather(here.close(), there.close())

@@ -1,9 +1,7 @@
 """Copies that the Conductor orders: a node pulls them for nobody, and drops them again."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -11,48 +9,33 @@ import pytest
 
 from perigee.kvstore import store_pb2 as pb
 from perigee.kvstore.blocks import BlockKey
-from perigee.kvstore.client import StoreClient
 from tests.kvstore.conftest import NUM_SLOTS, HostedDirectory, RunningNode
 from tests.kvstore.keys import ROOT, chain
-from tests.kvstore.nodes import config_of, get, put, running
+from tests.kvstore.nodes import Pair, get, paired, put
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two nodes with a worker each."""
+async def replicate(pair: Pair, keys: list[BlockKey], source: str = "far") -> pb.Replicated:
+    async with pair.near.stub() as stub:
+        return await stub.Replicate(pb.ReplicateRequest(source=source, parent=ROOT, keys=keys))
 
-    near: RunningNode
-    far: RunningNode
-    here: StoreClient
-    there: StoreClient
 
-    async def replicate(self, keys: list[BlockKey], source: str = "far") -> pb.Replicated:
-        async with self.near.stub() as stub:
-            return await stub.Replicate(pb.ReplicateRequest(source=source, parent=ROOT, keys=keys))
-
-    async def trim(self, keys: list[BlockKey]) -> int:
-        async with self.near.stub() as stub:
-            return (await stub.Trim(pb.TrimRequest(keys=keys))).trimmed
+async def trim(pair: Pair, keys: list[BlockKey]) -> int:
+    async with pair.near.stub() as stub:
+        return (await stub.Trim(pb.TrimRequest(keys=keys))).trimmed
 
 
 @pytest.fixture
 async def pair(tmp_path: Path, hosted_directory: HostedDirectory) -> AsyncIterator[Pair]:
-    async with contextlib.AsyncExitStack() as nodes:
-        near, far = [
-            await nodes.enter_async_context(running(config_of(hosted_directory, tmp_path, name), hosted_directory))
-            for name in ("near", "far")
-        ]
-        here, there = await near.connect(), await far.connect()
-        yield Pair(near, far, here, there)
-        await asyncio.gather(here.close(), there.close())
+    async with paired(tmp_path, hosted_directory) as pair:
+        yield pair
 
 
 async def test_a_replicated_prefix_is_here_and_leased_by_nobody(pair: Pair) -> None:
     keys = chain("a", 10)
     (await put(pair.there, keys)).release()
-    assert await pair.replicate(keys) == pb.Replicated(pulled=10)
+    assert await replicate(pair, keys) == pb.Replicated(pulled=10)
     assert [block.remote for block in await get(pair.here, keys)] == [False] * 10
-    assert await pair.replicate(keys) == pb.Replicated()  # which is no reason to pull again
+    assert await replicate(pair, keys) == pb.Replicated()  # which is no reason to pull again
     status = await pair.near.status()
     assert (status.replicated_total, status.pulled_total, status.connections) == (10, 10, 1)
     assert (status.leased_blocks, status.reserved_blocks, status.orphaned_blocks) == (0, 0, 0)
@@ -61,16 +44,16 @@ async def test_a_replicated_prefix_is_here_and_leased_by_nobody(pair: Pair) -> N
 
 async def test_what_the_other_node_lacks_is_missing_and_not_waited_for(pair: Pair) -> None:
     (await put(pair.there, chain("a", 3))).release()
-    assert await pair.replicate(chain("a", 5)) == pb.Replicated(pulled=3, missing=2)
-    assert await pair.replicate(chain("b", 2), source="nobody") == pb.Replicated(missing=2)
+    assert await replicate(pair, chain("a", 5)) == pb.Replicated(pulled=3, missing=2)
+    assert await replicate(pair, chain("b", 2), source="nobody") == pb.Replicated(missing=2)
 
 
 async def test_copies_take_no_room_from_those_who_use_theirs(pair: Pair) -> None:
     (await put(pair.there, chain("a", 4))).release()
     group = await put(pair.here, chain("b", NUM_SLOTS - 2))
-    assert await pair.replicate(chain("a", 4)) == pb.Replicated(missing=4)
+    assert await replicate(pair, chain("a", 4)) == pb.Replicated(missing=4)
     group.release()
-    assert await pair.replicate(chain("a", 4)) == pb.Replicated(pulled=4)
+    assert await replicate(pair, chain("a", 4)) == pb.Replicated(pulled=4)
 
 
 async def test_watchers_hear_of_copies_that_come_and_go(pair: Pair) -> None:
@@ -80,10 +63,10 @@ async def test_watchers_hear_of_copies_that_come_and_go(pair: Pair) -> None:
         events = aiter(stub.Watch(pb.WatchRequest()))
         assert (await anext(events)).snapshot
         told: set[bytes] = set()
-        await pair.replicate(keys)
+        await replicate(pair, keys)
         while told != set(keys):
             told |= {event.key for event in (await anext(events)).events if event.kind == pb.BlockEvent.STORED}
-        assert await pair.trim(keys) == 3
+        assert await trim(pair, keys) == 3
         while told:
             told -= {event.key for event in (await anext(events)).events if event.kind == pb.BlockEvent.REMOVED}
     status = await pair.near.status()
@@ -93,9 +76,9 @@ async def test_watchers_hear_of_copies_that_come_and_go(pair: Pair) -> None:
 async def test_what_a_worker_uses_is_not_trimmed(pair: Pair) -> None:
     keys = chain("a", 4)
     group = await put(pair.here, keys[:3])
-    assert await pair.trim(keys) == 0
+    assert await trim(pair, keys) == 0
     group.release()
-    assert await pair.trim(keys) == 3
+    assert await trim(pair, keys) == 3
 
 
 @pytest.mark.parametrize(
@@ -136,6 +119,6 @@ async def test_before_a_worker_has_said_what_a_block_is_there_is_nothing_to_copy
 async def test_two_calls_for_the_same_blocks_share_one_pull(pair: Pair) -> None:
     keys = chain("a", 8)
     (await put(pair.there, keys)).release()
-    await asyncio.gather(pair.replicate(keys), pair.replicate(keys))
+    await asyncio.gather(replicate(pair, keys), replicate(pair, keys))
     assert (await pair.far.status()).served_total == 8
     assert await pair.here.lookup(keys) == [True] * 8

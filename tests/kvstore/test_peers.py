@@ -1,47 +1,24 @@
 """Two nodes: blocks of one are pulled by the other, over links that may break, from nodes that may go."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
 
 from perigee.kvstore import store_pb2 as pb
-from perigee.kvstore.client import BlocksMissing, QuotaExceeded, StoreClient
+from perigee.kvstore.client import BlocksMissing, QuotaExceeded
 from tests.kvstore import payloads
-from tests.kvstore.conftest import NUM_SLOTS, HostedDirectory, RunningNode
+from tests.kvstore.conftest import NUM_SLOTS, HostedDirectory
 from tests.kvstore.keys import ROOT, chain
-from tests.kvstore.nodes import WAIT_S, config_of, get, put, running
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two nodes with a worker each."""
-
-    near: RunningNode
-    far: RunningNode
-    here: StoreClient
-    there: StoreClient
-
-    async def assert_at_rest(self) -> None:
-        for node in (self.near, self.far):
-            status = await node.status()
-            assert (status.leased_blocks, status.reserved_blocks, status.orphaned_blocks) == (0, 0, 0)
+from tests.kvstore.nodes import WAIT_S, Pair, config_of, get, paired, put, running
 
 
 @pytest.fixture
 async def pair(tmp_path: Path, hosted_directory: HostedDirectory) -> AsyncIterator[Pair]:
-    async with contextlib.AsyncExitStack() as nodes:
-        near, far = [
-            await nodes.enter_async_context(running(config_of(hosted_directory, tmp_path, name), hosted_directory))
-            for name in ("near", "far")
-        ]
-        here, there = await near.connect(), await far.connect()
-        yield Pair(near, far, here, there)
-        await asyncio.gather(here.close(), there.close())
+    async with paired(tmp_path, hosted_directory) as pair:
+        yield pair
 
 
 async def test_blocks_are_pulled_whole_and_are_here_then(pair: Pair) -> None:

@@ -65,6 +65,16 @@ class Engine:
         self._count(chunks, len(outputs), time.perf_counter() - started)
         return StepResult(tuple(chunks), tuple(outputs))
 
+    def run_alone(self, sequence: Sequence) -> list[int]:
+        """Computes a sequence from its first token to its end while there is no other; returns what it generated."""
+        self.batcher.add(sequence, one_token=False)
+        (active,) = self.batcher.admit()
+        self.ready(active, 0)
+        while self.step():
+            pass
+        self.batcher.remove(sequence.ref)
+        return active.token_ids[len(sequence.token_ids) :]
+
     def load_blocks(self, active: Active, blocks: Iterable[tuple[int, memoryview]]) -> int:
         """Copies payloads into the pages of the blocks with these indices; returns how many tokens they hold."""
         return sum(read_payload(self.runner.pool, active.pages.pages[index], payload) for index, payload in blocks)
