@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -12,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from perigee.kvstore import sockets
 from perigee.kvstore import store_pb2 as pb
+from perigee.kvstore.accepting import accept
 from perigee.kvstore.dram import Mapping
 from perigee.kvstore.driver import Driver
 from perigee.kvstore.errors import InvalidRequest, StoreError
@@ -23,7 +25,6 @@ from perigee.kvstore.wire import refused_to_pb
 _log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 10.0
-_ACCEPT_RETRY_S = 0.1
 
 
 class LocalServer:
@@ -44,16 +45,10 @@ class LocalServer:
 
     async def serve(self) -> None:
         """Serves until cancelled."""
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                try:
-                    raw, _ = await loop.sock_accept(self._listener)
-                except OSError as error:  # out of descriptors: whoever connects has to wait for some
-                    _log.warning("cannot accept node=%s error=%s", self._node_id, error)
-                    await asyncio.sleep(_ACCEPT_RETRY_S)
-                else:
-                    tasks.create_task(self._welcome(raw))
+                raw, _ = await accept(self._listener, self._node_id)
+                tasks.create_task(self._welcome(raw)).add_done_callback(functools.partial(_close_if_cancelled, raw))
 
     def close(self) -> None:
         """Ends all connections and removes the socket, unless its path is somebody else's by now."""
@@ -78,9 +73,6 @@ class LocalServer:
         except (OSError, EOFError, DecodeError, StoreError) as error:
             _log.warning("worker refused node=%s pid=%d uid=%d error=%s", self._node_id, pid, uid, error)
             raw.close()
-        except asyncio.CancelledError:
-            raw.close()
-            raise
 
     def _session(self, driver: Driver, worker_id: str) -> Session:
         session = Session(self._node_id, driver, worker_id)
@@ -112,3 +104,9 @@ class LocalServer:
         if request.WhichOneof("op") != "hello":
             raise InvalidRequest("the first message must be hello")
         return await self._host.open_for(request.hello.payload_bytes, request.hello.block_tokens)
+
+
+def _close_if_cancelled(raw: socket.socket, welcoming: "asyncio.Task[None]") -> None:
+    """Also where it was cancelled before it began."""
+    if welcoming.cancelled():
+        raw.close()

@@ -6,6 +6,7 @@ import socket
 import struct
 from pathlib import Path
 
+from perigee.kvstore.accepting import readable
 from perigee.kvstore.errors import StoreError
 from perigee.kvstore.framing import PREFIX_BYTES, body_bytes, frame
 
@@ -53,7 +54,7 @@ def send_frame_with_descriptor(connection: socket.socket, body: bytes, fd: int) 
 
 async def receive_frame_with_descriptor(connection: socket.socket) -> tuple[bytes, int | None]:
     """The first frame of a connection, and the descriptor that came with it, if any did. The caller owns it."""
-    await _readable(connection)
+    await readable(connection)
     # Ancillary data is delivered with the first byte that it was sent with, whichever part of the frame we ask for.
     prefix, fds, _, _ = socket.recv_fds(connection, PREFIX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     fd = fds[0] if fds else None
@@ -91,13 +92,3 @@ async def _receive_exactly(connection: socket.socket, size_bytes: int) -> bytes:
             raise EOFError("the other side closed the connection")
         received += data
     return bytes(received)
-
-
-async def _readable(connection: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(connection, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(connection)

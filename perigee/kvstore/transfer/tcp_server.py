@@ -6,6 +6,7 @@ import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+from perigee.kvstore.accepting import accept
 from perigee.kvstore.errors import MalformedFrame
 from perigee.kvstore.transfer import listening
 from perigee.kvstore.transfer.base import BlockSource, TransferFailed
@@ -15,7 +16,6 @@ from perigee.kvstore.transfer.serving import Limits, Segment, Served, ServedPeer
 _log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 10.0
-_ACCEPT_RETRY_S = 0.1
 
 
 class TransferServer:
@@ -56,7 +56,7 @@ class TransferServer:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await self._room.acquire()
-                connection, peer = await self._accept()
+                connection, peer = await accept(self._listener, self._node_id)
                 task = tasks.create_task(self._serve(connection, listening.join(*peer[:2])))
                 task.add_done_callback(functools.partial(self._leave, connection))
 
@@ -64,14 +64,6 @@ class TransferServer:
         """Stops listening. To be called once `serve` has ended."""
         self._listener.close()
         self._threads.shutdown()
-
-    async def _accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        while True:
-            try:
-                return await asyncio.get_running_loop().sock_accept(self._listener)
-            except OSError as error:  # out of descriptors: whoever connects has to wait for some
-                _log.warning("cannot accept peers node=%s error=%s", self._node_id, error)
-                await asyncio.sleep(_ACCEPT_RETRY_S)
 
     async def _serve(self, connection: socket.socket, peer: str) -> None:
         try:
@@ -89,7 +81,6 @@ class TransferServer:
         self._room.release()
 
     async def _admit(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
         tune(connection)
         async with asyncio.timeout(_HELLO_TIMEOUT_S):
             await admit(connection, self._secret)
