@@ -24,6 +24,11 @@ _HALF_LIFE = 500.0  # in answers of a group
 _KEPT = 0.5 ** (1 / _HALF_LIFE)
 _PARENT_WEIGHT = 10.0  # in answers
 
+# Before anything is learned each magnitude between a few dozen tokens and two thousand is as likely as any other.
+_PRIOR_OCTAVES = 5, 11
+_PRIOR: Floats = np.interp(np.arange(_NUM_BUCKETS + 1) / _PER_OCTAVE, _PRIOR_OCTAVES, (1.0, 0.0))
+_PRIOR_WEIGHT = 10.0  # in answers; so many of them, and it is forgotten
+
 # Part of the distribution that follows no data, P(length > n) = 1 / (n + 1): whatever has run for n tokens, longer than
 # any answer before, is then as likely as not to end before 2 n.
 _UNKNOWN = 1e-3
@@ -73,7 +78,7 @@ class _Reaching:
 
 
 class LengthModel:
-    """Until the first answer has ended, every answer is expected to reach its limit."""
+    """Until the first answer has ended, an answer may as well have 50 tokens as 500."""
 
     def __init__(self) -> None:
         self._survival = np.zeros((_NUM_ROWS, _NUM_BUCKETS + 1))  # P(longer than the bucket's lower edge)
@@ -148,9 +153,7 @@ class LengthModel:
 
     def _reaches(self, tenant: str, magnitude: int) -> float:
         """The probability that an answer runs into a limit of this magnitude."""
-        if self._reaching.total == 0:
-            return 1.0
-        share = self._reaching.reached / self._reaching.total
+        share = self._reaching.reached / max(self._reaching.total, 1.0)
         for owner in ("", tenant) if tenant else ("",):
             if (counts := self._limits.get((owner, magnitude))) is not None:
                 share = counts.share(share)
@@ -166,9 +169,9 @@ class LengthModel:
         if num_added != group.num_shown:
             group.num_shown = num_added
             longer = np.append(np.cumsum(group.counts[::-1])[::-1], 0.0)  # answers past each lower edge
-            weight = _PARENT_WEIGHT if parent is not None else 0.0
-            inherited = self._survival[parent.row] if parent is not None else 0.0
-            self._survival[group.row] = (longer + weight * inherited) / max(group.total + weight, 1.0)
+            inherited = self._survival[parent.row] if parent else _PRIOR
+            weight = _PARENT_WEIGHT if parent else max(0.0, _PRIOR_WEIGHT - group.total)
+            self._survival[group.row] = (longer + weight * inherited) / (group.total + weight)
         return num_added
 
     def _unlimited(self, row: NDArray[np.intp] | int, generated: Floats | np.float64) -> Floats:

@@ -61,10 +61,10 @@ def test_the_longer_it_has_run_the_longer_it_will_be(
     assert target / older >= target / younger - 1e-9
 
 
-def test_before_any_answer_has_ended_all_are_expected_to_reach_their_limit() -> None:
+def test_before_any_answer_has_ended_some_hundred_tokens_are_expected_or_the_limit_if_that_is_short() -> None:
     model = LengthModel()
-    odds = model.odds(100, 300)
-    assert model.survival(odds, 299) == 1.0
+    assert model.survival(model.odds(100, 30), 29) == pytest.approx(1.0)
+    assert 200 < mean(model, 100, 4000) < 800
 
 
 def test_answers_that_run_into_their_limits_say_nothing_of_others_lengths_but_of_limits() -> None:
