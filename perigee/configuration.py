@@ -85,7 +85,7 @@ def load(
         if name in flags:
             values[name], origins[name] = flags[name], name.upper() if name in positional else _flag(name)
         if get_origin(field.annotation) is tuple and isinstance(values.get(name), str):
-            values[name] = values[name].split(",")
+            values[name] = values[name].split(",") if values[name] else ()
     try:
         return model.model_validate(values)
     except ValidationError as error:

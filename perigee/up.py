@@ -19,7 +19,7 @@ from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.addresses import ClusterProcess
 from perigee.kvstore.blocks import DTYPE_BYTES, DType
 from perigee.kvstore.config import StoreConfig, TransferName
-from perigee.scheduler.config import AdmissionName, BalanceName, ConductorConfig, PlacementName, Shadow
+from perigee.scheduler.config import AdmissionName, BalanceName, ConductorConfig, PlacementName, Shadow, TenantWeights
 from perigee.scheduler.cost.hardware import cpu
 from perigee.scheduler.cost.model_shape import ModelShape
 from perigee.scheduler.cost.profile_file import Origin, ProfileFile, read_profile, write_profile
@@ -78,6 +78,9 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     max_batched_tokens: int = Field(
         _WORKER["max_batched_tokens"].default, ge=1, description="tokens that a worker computes in one step at most"
     )
+    shared_prompt_tokens: int = Field(
+        _WORKER["shared_prompt_tokens"].default, ge=1, description=_WORKER["shared_prompt_tokens"].description
+    )
     max_sequences: int = Field(
         _WORKER["max_sequences"].default, ge=1, description="sequences that a worker holds at once at most"
     )
@@ -96,6 +99,9 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     slo_classes: tuple[str, ...] = Field(_SERVER["slo_classes"].default, description=_SERVER["slo_classes"].description)
     default_slo_class: str = Field(
         _SERVER["default_slo_class"].default, description=_SERVER["default_slo_class"].description
+    )
+    tenant_weights: TenantWeights = Field(
+        _SCHEDULER["tenant_weights"].default, description=_SCHEDULER["tenant_weights"].description
     )
     shadow: Shadow | None = Field(None, description=_SCHEDULER["shadow"].description)
     receipts_file: Path | None = Field(None, description=_SCHEDULER["receipts_file"].description)
@@ -169,6 +175,7 @@ def plan(
         admission=config.admission,
         balance=config.balance,
         role_hold_s=config.role_hold_s,
+        tenant_weights=config.tenant_weights,
         shadow=config.shadow,
         receipts_file=config.receipts_file,
         record=config.record,
@@ -259,6 +266,7 @@ def _workers(config: UpConfig, model: Path, directory: Path, stores: Sequence[St
                 block_tokens=config.block_tokens,
                 kv_tokens=config.kv_tokens,
                 max_batched_tokens=config.max_batched_tokens,
+                shared_prompt_tokens=config.shared_prompt_tokens,
                 max_sequences=config.max_sequences,
                 max_context=config.max_context,
                 threads=config.worker_threads,

@@ -92,6 +92,7 @@ def test_the_flags_of_a_configuration_give_it_again() -> None:
     config = Example(name="with spaces", count=7, kind="b", size=ByteSize(77), path=Path("/a b"), fast=True, many=(3,))
     assert parsed(*as_flags(config)) == config
     assert parsed(*as_flags(Example())) == Example()
+    assert parsed(*as_flags(Example(many=()))) == Example(many=())
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,10 @@ def test_what_a_command_cannot_do_is_said_in_a_line(tmp_path: Path) -> None:
 
 
 def test_up_tells_its_processes_what_it_was_told(tmp_path: Path) -> None:
-    config = UpConfig(model="/models/my.gguf", prefill=2, decode=3, threads=5, max_context=512, dtype="float32")
+    config = UpConfig(
+        model="/models/my.gguf", prefill=2, decode=3, threads=5, max_context=512, shared_prompt_tokens=64,
+        dtype="float32", tenant_weights=("gold=4", "free=0.5"),
+    )  # fmt: skip
     specs = {spec.name: spec for spec in plan(config, 8123, Path("/cache/m"), tmp_path, ["--log-level=debug"])}
     assert list(specs) == [
         "conductor", "store-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "server",
@@ -212,6 +216,8 @@ def test_up_tells_its_processes_what_it_was_told(tmp_path: Path) -> None:
     assert decode.arguments[0] == "worker"
     told = {"--role=decode", "--threads=5", "--max-context=512", "--model=/cache/m", "--served-model-name=my"}
     assert told | {"--dtype=float32", "--log-level=debug"} <= set(decode.arguments)
+    assert "--shared-prompt-tokens=64" in decode.arguments
+    assert "--tenant-weights=gold=4,free=0.5" in specs["conductor"].arguments
     assert decode.environment["OMP_NUM_THREADS"] == "5"
     assert decode.environment["OMP_WAIT_POLICY"] == "passive"
     assert {"--port=8123", "--served-model-name=my"} <= set(specs["server"].arguments)

@@ -1,7 +1,7 @@
 """`perigee bench fidelity TRACE`: the simulator beside a cluster that runs here, on the same requests.
 
-The cluster is measured first, as `perigee profile` does, and the profile is all that the simulator is told of it. Both
-then serve the trace at the speed at which prefilling it keeps one worker busy for a given share of the time.
+The cluster is measured first, as `perigee profile --busy` does, and the profile is all the simulator is told of it.
+Both then serve the trace at the speed at which prefilling it keeps one worker busy for a given share of the time.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class FidelityBenchConfig(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is compared, in seconds."""
+    """What is compared, in seconds. TBT is each request's mean: of twenty tokens the slowest is the handover."""
 
     ttft_mean_s: float
     ttft_p90_s: float
@@ -135,7 +135,7 @@ async def _compare(config: FidelityBenchConfig, trace: Sequence[TraceRequest], f
     async with running(config.model, flags, folder / "cluster.log") as started:
         cluster = await fetch(Target(started.url))
         pinned = pin([worker.pid for worker in cluster.workers])
-        asked = ProfileConfig(url=started.url, seconds=config.profile_s, max_tokens=config.profile_tokens)
+        asked = ProfileConfig(url=started.url, seconds=config.profile_s, max_tokens=config.profile_tokens, busy=True)
         profile, _ = await profiled(cluster, asked)
         speed = run_speed(trace, profile.profile, config.utilization)
         live = [await _replayed(config, started.url, speed, folder, turn) for turn in range(config.repeats)]
@@ -162,6 +162,7 @@ async def _replayed(config: FidelityBenchConfig, url: str, speed: float, folder:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "perigee", "replay", str(config.trace), f"--url={url}", f"--json={report}"),
         *(f"--limit={config.limit}", f"--length-scale={config.length_scale}", f"--speed={speed}", f"--seed={turn}"),
+        "--no-observe",
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -169,7 +170,7 @@ async def _replayed(config: FidelityBenchConfig, url: str, speed: float, folder:
     if process.returncode:
         raise BenchError(f"the live run failed: {said.decode(errors='replace').strip().splitlines()[-1:]}")
     read = json.loads(report.read_text(encoding="utf-8"))
-    return Figures.of(Distribution(**read["ttft_s"]), Distribution(**read["tbt_s"]))
+    return Figures.of(Distribution(**read["ttft_s"]), Distribution(**read["mean_tbt_s"]))
 
 
 def _simulated(cluster: Cluster, profile: Path) -> SimulatedCluster:
@@ -193,4 +194,4 @@ def _simulated(cluster: Cluster, profile: Path) -> SimulatedCluster:
 
 
 def _figures(report: Report) -> Figures:
-    return Figures.of(report.ttft_s, report.tbt_s)
+    return Figures.of(report.ttft_s, report.mean_tbt_s)

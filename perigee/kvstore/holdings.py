@@ -17,9 +17,13 @@ NODE = 0
 """The connection of what the node itself holds: slots that blocks are read into, blocks being written, pins."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
-    """A committed block. `leases` counts the groups that hold it, `uses` how often one came to."""
+    """A committed block. `leases` counts the groups that hold it, `uses` how often one came to.
+
+    While it is in the arena, `above` is the block of its parent, if that is there, too; `children` counts the blocks
+    there of which it is the parent, and `pinned_children` those of them that are pinned.
+    """
 
     key: BlockKey
     parent: BlockKey
@@ -28,3 +32,6 @@ class Block:
     origin: int
     leases: int = 0
     uses: int = 0
+    above: "Block | None" = None
+    children: int = 0
+    pinned_children: int = 0

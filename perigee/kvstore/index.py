@@ -18,7 +18,7 @@ from perigee.kvstore.errors import Fenced, InvalidRequest
 from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.holdings import NODE, Block, GroupId
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation, Tier
-from perigee.kvstore.pin_counts import PinCounts, decrement
+from perigee.kvstore.pin_counts import PinCounts
 
 
 class Coming(NamedTuple):
@@ -28,16 +28,15 @@ class Coming(NamedTuple):
     spare: int
 
 
-class _Reserved(NamedTuple):
-    key: BlockKey
-    parent: BlockKey
-    nonce: int
-    deadline: float
+_ORIGINS = (PREFILL, DECODE)
+
+_Reserved = tuple[BlockKey, BlockKey, int, float]
+"""Key, parent, nonce and deadline. There is one for each block that comes, and nothing is made sooner than a tuple."""
 
 
 @dataclass(slots=True)
 class _Group:
-    leases: dict[BlockKey, None] = field(default_factory=dict)  # in order: that in which they end decides what leaves
+    leases: dict[BlockKey, Block] = field(default_factory=dict)  # in order: that in which they end decides what leaves
     reserved: dict[int, _Reserved] = field(default_factory=dict)  # by slot
 
 
@@ -65,8 +64,8 @@ class BlockIndex:
         self._free = list(range(num_slots - 1, -1, -1))
         self._nonces = itertools.count(1)
         self._events: list[BlockEvent] = []
-        self._children: dict[BlockKey, int] = {}  # by parent key, whether or not it is resident; no zeros are kept
-        self._pins = PinCounts(self._blocks)
+        self._parentless: dict[BlockKey, dict[BlockKey, Block]] = {}  # by the parent, which is not here
+        self._pins = PinCounts()
         self._leaving: dict[BlockKey, tuple[Block, GroupId]] = {}  # being written elsewhere, and by what group
 
     # ---- what is here --------------------------------------------------------------------------------------------
@@ -103,7 +102,8 @@ class BlockIndex:
 
     def num_overdue(self, now: float) -> int:
         """Slots whose reservation has ended, but which their writers have not released: somebody hangs."""
-        return sum(reserved.deadline < now for group in self._groups.values() for reserved in group.reserved.values())
+        reserved = (reserved for group in self._groups.values() for reserved in group.reserved.values())
+        return sum(deadline < now for _, _, _, deadline in reserved)
 
     def block(self, key: BlockKey) -> Block | None:
         """The committed block of this key, which is the index's own."""
@@ -136,24 +136,21 @@ class BlockIndex:
         """
         group = self._group(group_id)
         hits = self._committed(keys[: coming.prefix] if coming else keys[: self.prefix(keys)])
+        blocks = [block for _, block in hits]
         prefix, spare = coming or Coming(len(hits), 0)
-        added = [block for _, block in hits if self._lease(group, block)]
+        added = self._lease(group, blocks)
         needed = len(keys) - prefix + spare
         if needed > self.room or (free_up and not free_up(needed)):
-            for block in added:
-                self._unlease(group, block)
+            self._unlease(group, added)
             return None
-        for _, block in hits:
-            self._use(block, now)
-        leased = tuple(LeasedBlock(index, block.slot, block.num_tokens, block.origin) for index, block in hits)
-        return Acquired(leased, self._reserve(group, keys, parent, prefix, now + self._reservation_s))
+        self._use(blocks, now)
+        leased = tuple([LeasedBlock(index, block.slot, block.num_tokens, block.origin) for index, block in hits])
+        wanted = zip(range(prefix, len(keys)), keys[prefix:], (parent, *keys)[prefix:], strict=False)
+        return Acquired(leased, tuple(self._reserve(group, wanted, now + self._reservation_s)))
 
     def reserve(self, group_id: GroupId, wanted: Iterable[tuple[BlockKey, BlockKey]]) -> list[Reservation]:
         """Slots for the node itself to fill, whenever it may, for pairs of key and parent. There must be room."""
-        group = self._group(group_id)
-        reserved = [self._reserve_one(group, 0, key, parent, math.inf) for key, parent in wanted]
-        self.num_reserved += len(reserved)
-        return reserved
+        return self._reserve(self._group(group_id), ((0, key, parent) for key, parent in wanted), math.inf)
 
     def let_go(self, group_id: GroupId, parts: Iterable[tuple[BlockKey, int]]) -> None:
         """Ends a part of what a group has, pairs of key and slot: the lease on a block, or the reservation that was
@@ -163,8 +160,8 @@ class BlockIndex:
         if group is None:
             return
         for key, slot in parts:
-            if key in group.leases:
-                self._unlease(group, self._blocks[key])
+            if block := group.leases.get(key):
+                self._unlease(group, [block])
             elif group.reserved.pop(slot, None):
                 self.num_reserved -= 1
                 self._free.append(slot)
@@ -173,8 +170,7 @@ class BlockIndex:
         """All that one group holds is the other's from here on."""
         source = self._groups.pop(source_id)
         target = self._group(target_id)
-        for key in [key for key in source.leases if key in target.leases]:
-            self._unlease(source, self._blocks[key])
+        self._unlease(source, [block for key, block in source.leases.items() if key in target.leases])
         target.leases |= source.leases
         target.reserved |= source.reserved
 
@@ -189,14 +185,11 @@ class BlockIndex:
         """Leases those of `wanted`, pairs of index and key, that are committed. `tier` and `remote` say where they come
         from.
         """
-        group = self._group(group_id)
-        leased = []
-        for index, key in wanted:
-            if block := self._blocks.get(key):
-                self._lease(group, block)
-                self._use(block, now)
-                leased.append(LeasedBlock(index, block.slot, block.num_tokens, block.origin, tier, remote))
-        return leased
+        here = [(index, block) for index, key in wanted if (block := self._blocks.get(key))]
+        blocks = [block for _, block in here]
+        self._lease(self._group(group_id), blocks)
+        self._use(blocks, now)
+        return [LeasedBlock(index, block.slot, block.num_tokens, block.origin, tier, remote) for index, block in here]
 
     def commit(self, group_id: GroupId, blocks: Sequence[CommittedBlock], now: float) -> list[BlockKey]:
         """Makes reserved slots readable, all or none; answers with the keys that are committed for the first time.
@@ -208,15 +201,28 @@ class BlockIndex:
         """
         group = self._groups.get(group_id) or _Group()
         self._check_commit(group, blocks, now)
-        return [key for block in blocks if (key := self._commit(group, block, now))]
+        held, stored = [], []
+        for committed in blocks:
+            key, parent, _, _ = group.reserved.pop(committed.slot)
+            block = self._blocks.get(key)
+            if block:
+                self._free.append(committed.slot)
+            else:
+                block = Block(key, parent, committed.slot, committed.num_tokens, committed.origin)
+                self._insert(block)
+                stored.append(block)
+            held.append(block)
+        self.num_reserved -= len(blocks)
+        self._lease(group, held)
+        self._use(stored, now)
+        return [block.key for block in stored]
 
     def release(self, group_id: GroupId) -> None:
         """Ends the group's leases and reservations. No effect on a group that has none."""
         group = self._groups.pop(group_id, None)
         if group is None:
             return
-        for key in list(group.leases):
-            self._unlease(group, self._blocks[key])
+        self._unlease(group, list(group.leases.values()))
         self.num_reserved -= len(group.reserved)
         self._free.extend(group.reserved)
 
@@ -231,20 +237,17 @@ class BlockIndex:
         return [(index, block) for index, key in enumerate(keys) if (block := self._blocks.get(key))]
 
     def _reserve(
-        self, group: _Group, keys: Sequence[BlockKey], parent: BlockKey, first: int, deadline: float
-    ) -> tuple[Reservation, ...]:
-        """Reserves `keys[first:]`. There is room for them."""
-        reserved = tuple(
-            self._reserve_one(group, index, keys[index], keys[index - 1] if index else parent, deadline)
-            for index in range(first, len(keys))
-        )
-        self.num_reserved += len(reserved)
-        return reserved
-
-    def _reserve_one(self, group: _Group, index: int, key: BlockKey, parent: BlockKey, deadline: float) -> Reservation:
-        slot, nonce = self._take_slot(), next(self._nonces)
-        group.reserved[slot] = _Reserved(key, parent, nonce, deadline)
-        return Reservation(index, slot, nonce)
+        self, group: _Group, wanted: Iterable[tuple[int, BlockKey, BlockKey]], deadline: float
+    ) -> list[Reservation]:
+        """Slots for index, key and parent of each. There is room for them."""
+        reservations = []
+        for index, key, parent in wanted:
+            slot = self._free.pop() if self._free else self._evicted_slot()
+            nonce = next(self._nonces)
+            group.reserved[slot] = key, parent, nonce, deadline
+            reservations.append(Reservation(index, slot, nonce))
+        self.num_reserved += len(reservations)
+        return reservations
 
     def _group(self, group_id: GroupId) -> _Group:
         group = self._groups.get(group_id)
@@ -255,43 +258,43 @@ class BlockIndex:
     def _check_commit(self, group: _Group, blocks: Sequence[CommittedBlock], now: float) -> None:
         for block in blocks:
             reserved = group.reserved.get(block.slot)
-            if reserved is None or reserved.nonce != block.nonce:
+            if reserved is None or reserved[2] != block.nonce:
                 raise InvalidRequest(f"slot {block.slot}, nonce {block.nonce}: not a reservation of this group")
-            if reserved.deadline < now:
+            if reserved[3] < now:
                 self.fenced_total += 1
                 raise Fenced(f"slot {block.slot}: its reservation ended after {self._reservation_s} s")
             if not 1 <= block.num_tokens <= self._block_tokens:
                 raise InvalidRequest(f"num_tokens: {block.num_tokens}; allowed are 1 to {self._block_tokens}")
-            if block.origin not in (PREFILL, DECODE):
+            if block.origin not in _ORIGINS:
                 raise InvalidRequest(f"origin: {block.origin}; allowed are {PREFILL} (prefill) and {DECODE} (decode)")
         if len({block.slot for block in blocks}) != len(blocks):
             raise InvalidRequest("blocks: a slot is committed twice")
-
-    def _commit(self, group: _Group, committed: CommittedBlock, now: float) -> BlockKey | None:
-        reserved = group.reserved.pop(committed.slot)
-        self.num_reserved -= 1
-        block = self._blocks.get(reserved.key)
-        if block is not None:
-            self._free.append(committed.slot)
-            self._lease(group, block)
-            return None
-        block = Block(reserved.key, reserved.parent, committed.slot, committed.num_tokens, committed.origin)
-        self._insert(block)
-        self._lease(group, block)
-        self._use(block, now)
-        return block.key
 
     # ---- residency -----------------------------------------------------------------------------------------------
 
     def _insert(self, block: Block) -> None:
         self._blocks[block.key] = block
-        self._children[block.parent] = self._children.get(block.parent, 0) + 1
-        self._policy.forbid(block.parent)
-        if self._pins.is_above_pinned(block.key):
-            self._pins.pin(block)
+        above = block.above = self._blocks.get(block.parent)
+        if above is None:
+            self._parentless.setdefault(block.parent, {})[block.key] = block
+        else:
+            above.children += 1
+            if above.children == 1 and not above.leases:
+                self._policy.forbid(above.key)
+        if below := self._parentless.pop(block.key, None):
+            self._adopt(block, below.values())
         self.stored_total += 1
         if block.key not in self._leaving:
             self._events.append(BlockEvent(True, block.key))
+
+    def _adopt(self, block: Block, children: Collection[Block]) -> None:
+        """They were here before their parent."""
+        for child in children:
+            child.above = block
+        block.children = len(children)
+        block.pinned_children = sum(child.leases > 0 or child.pinned_children > 0 for child in children)
+        if block.pinned_children:
+            self._pins.pin(block)
 
     def victim(self) -> Block | None:
         """The block to give up next, if any may go. The caller passes it to `evict` or `leave` at once."""
@@ -308,7 +311,7 @@ class BlockIndex:
         wanted, dropped = set(keys), []
         for first in keys:
             key = first
-            while key in wanted and (block := self._blocks.get(key)) and not block.leases and key not in self._children:
+            while key in wanted and (block := self._blocks.get(key)) and not block.leases and not block.children:
                 self._policy.remove(key)
                 self.evict(block)
                 dropped.append(key)
@@ -337,8 +340,8 @@ class BlockIndex:
                 block, group_id = self._leaving[key]
                 self._insert(block)
                 del self._leaving[key]
-                self._lease(self._group(group_id), block)
-                self._use(block, now)
+                self._lease(self._group(group_id), [block])
+                self._use([block], now)
 
     def leaving(self) -> Collection[BlockKey]:
         """The keys of the blocks that can still be revived."""
@@ -352,48 +355,74 @@ class BlockIndex:
         if block.key not in self._blocks and block.key not in self._leaving:
             self._events.append(BlockEvent(False, block.key))
 
-    def _take_slot(self) -> int:
-        if not self._free:
-            victim = self.victim()
-            assert victim is not None, "room was counted before"
-            self.evict(victim)
+    def _evicted_slot(self) -> int:
+        victim = self.victim()
+        assert victim is not None, "room was counted before"
+        self.evict(victim)
         return self._free.pop()
 
-    def _use(self, block: Block, now: float) -> None:
-        block.uses += 1
-        self._policy.use(block.key, now, block.parent)
+    def _use(self, blocks: Iterable[Block], now: float) -> None:
+        use = self._policy.use
+        for block in blocks:
+            block.uses += 1
+            use(block.key, now, block.parent)
 
     def _remove(self, block: Block) -> None:
         """Forgets a block without lease or children."""
         del self._blocks[block.key]
-        if decrement(self._children, block.parent) == 0:
-            self._allow_if_evictable(self._blocks.get(block.parent))
+        above, block.above = block.above, None
+        if above is None:
+            self._leave_parentless(block)
+        else:
+            above.children -= 1
+            if not above.children and not above.leases:
+                self._allow(above)
         self.evicted_total += 1
 
-    def _allow_if_evictable(self, block: Block | None) -> None:
-        if block and not block.leases and block.key not in self._children:
-            self._policy.allow(block.key, partial=block.num_tokens < self._block_tokens)
+    def _leave_parentless(self, block: Block) -> None:
+        siblings = self._parentless[block.parent]
+        del siblings[block.key]
+        if not siblings:
+            del self._parentless[block.parent]
 
-    # ---- leases of one block ------------------------------------------------------------------------------------
+    def _allow(self, block: Block) -> None:
+        """It has neither leases nor children any more."""
+        self._policy.allow(block.key, partial=block.num_tokens < self._block_tokens)
 
-    def _lease(self, group: _Group, block: Block) -> bool:
-        """Whether the group did not hold it before."""
-        if block.key in group.leases:
-            return False
-        group.leases[block.key] = None
-        block.leases += 1
-        if block.leases == 1:
-            self.num_leased += 1
+    # ---- leases --------------------------------------------------------------------------------------------------
+
+    def _lease(self, group: _Group, blocks: Iterable[Block]) -> list[Block]:
+        """Those that the group did not hold before."""
+        leases = group.leases
+        added = []
+        for block in blocks:
+            if block.key not in leases:
+                leases[block.key] = block
+                block.leases += 1
+                added.append(block)
+                if block.leases == 1:
+                    self._first_lease(block)
+        return added
+
+    def _first_lease(self, block: Block) -> None:
+        self.num_leased += 1
+        if not block.children:  # else it may not be evicted anyway
             self._policy.forbid(block.key)
-            if not self._pins.is_above_pinned(block.key):
-                self._pins.pin(block)
-        return True
+        if not block.pinned_children:
+            self._pins.pin(block)
 
-    def _unlease(self, group: _Group, block: Block) -> None:
-        del group.leases[block.key]
-        block.leases -= 1
-        if block.leases == 0:
-            self.num_leased -= 1
-            if not self._pins.is_above_pinned(block.key):
-                self._pins.unpin(block)
-            self._allow_if_evictable(block)
+    def _unlease(self, group: _Group, blocks: Iterable[Block]) -> None:
+        """The group holds them."""
+        leases = group.leases
+        for block in blocks:
+            del leases[block.key]
+            block.leases -= 1
+            if not block.leases:
+                self._last_lease_ended(block)
+
+    def _last_lease_ended(self, block: Block) -> None:
+        self.num_leased -= 1
+        if not block.pinned_children:
+            self._pins.unpin(block)
+            if not block.children:
+                self._allow(block)

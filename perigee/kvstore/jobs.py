@@ -37,10 +37,11 @@ class DropSegment:
 
 
 class Expected(NamedTuple):
-    """A block that a pull is to bring, and the slot to receive it in."""
+    """A block that is to come, the slot to receive it in, and the nonce of the slot's reservation."""
 
     key: BlockKey
     slot: int
+    nonce: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,8 @@ from perigee.kvstore.errors import InvalidRequest
 from perigee.kvstore.holdings import NODE, Block, GroupId
 from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.jobs import CancelPull, Expected, Job, Load, Pull, Spill
-from perigee.kvstore.messages import CommittedBlock, Reservation
+from perigee.kvstore.messages import CommittedBlock
 from perigee.kvstore.records import Location, Record
-
-
-class _Incoming(NamedTuple):
-    key: BlockKey
-    reservation: Reservation
 
 
 class PulledBlock(NamedTuple):
@@ -35,7 +30,7 @@ class PulledBlock(NamedTuple):
 
 class _Load(NamedTuple):
     group: GroupId
-    incoming: _Incoming
+    incoming: Expected
     location: Location
 
 
@@ -47,7 +42,7 @@ class Pulling:
     group: GroupId
     source: str
     deadline: float
-    expected: dict[int, _Incoming] = field(default_factory=dict)
+    expected: dict[int, Expected] = field(default_factory=dict)
     cancelled: bool = False
 
     @property
@@ -83,7 +78,7 @@ class Moves:
         self._loading: dict[BlockKey, int] = {}
         self._pulled_by: dict[BlockKey, Pulling] = {}
         self._ended: list[GroupId] = []
-        self._arrived: list[tuple[GroupId, list[_Incoming]]] = []
+        self._arrived: list[tuple[GroupId, list[Expected]]] = []
 
     def take_jobs(self) -> list[Job]:
         """Those that were asked for since the last call, in order."""
@@ -118,7 +113,7 @@ class Moves:
         """Begins to load a block. There must be room for it."""
         job, group = next(self._numbers), self.new_group()
         (reservation,) = self._index.reserve(group, [(record.key, record.parent)])
-        incoming = _Incoming(record.key, reservation)
+        incoming = Expected(record.key, reservation.slot, reservation.nonce)
         self._loads[job] = _Load(group, incoming, location)
         self._loading[record.key] = job
         self._jobs.append(Load(job, record.key, reservation.slot, location))
@@ -146,24 +141,24 @@ class Moves:
     def pull(self, source: str, wanted: Sequence[tuple[BlockKey, BlockKey]], wait_s: float, now: float) -> None:
         """Begins to pull blocks, pairs of key and parent. There must be room for them."""
         pulling = Pulling(next(self._numbers), self.new_group(), source, now + wait_s)
-        expected = []
         reservations = self._index.reserve(pulling.group, wanted)
-        for place, ((key, _), reservation) in enumerate(zip(wanted, reservations, strict=True)):
-            pulling.expected[place] = _Incoming(key, reservation)
-            self._pulled_by[key] = pulling
-            expected.append(Expected(key, reservation.slot))
+        expected = tuple(
+            [Expected(key, slot.slot, slot.nonce) for (key, _), slot in zip(wanted, reservations, strict=True)]
+        )
+        pulling.expected.update(enumerate(expected))
+        self._pulled_by.update(dict.fromkeys([key for key, _ in wanted], pulling))
         self._pulls[pulling.job] = pulling
-        self._jobs.append(Pull(pulling.job, source, tuple(expected), wait_s))
+        self._jobs.append(Pull(pulling.job, source, expected, wait_s))
 
     def pulled(self, job: int, blocks: Iterable[PulledBlock], now: float) -> tuple[list[BlockKey], list[BlockKey]]:
         """The keys of blocks that a pull brought, and of those among them that are not what a block may be."""
         pulling = self._pulls[job]
         incoming, commits = [], []
-        for block in blocks:
-            came = pulling.expected.pop(block.place)
+        for place, num_tokens, origin in blocks:
+            came = pulling.expected.pop(place)
             del self._pulled_by[came.key]
             incoming.append(came)
-            commits.append(_whole(came, block.num_tokens, block.origin))
+            commits.append(_whole(came, num_tokens, origin))
         self._arrived.append((pulling.group, incoming))
         if self._commit(pulling.group, commits, now):
             return [came.key for came in incoming], []
@@ -206,7 +201,7 @@ class Moves:
     def settle(self) -> None:
         """Lets go of the blocks that arrived, and of the slots of those that did not."""
         for group, incoming in self._arrived:
-            self._index.let_go(group, [(came.key, came.reservation.slot) for came in incoming])
+            self._index.let_go(group, [(came.key, came.slot) for came in incoming])
         self._arrived.clear()
         for group in self._ended:
             self._index.release(group)
@@ -220,5 +215,5 @@ class Moves:
         return True
 
 
-def _whole(incoming: _Incoming, num_tokens: int, origin: int) -> CommittedBlock:
-    return CommittedBlock(incoming.reservation.slot, incoming.reservation.nonce, num_tokens, origin)
+def _whole(incoming: Expected, num_tokens: int, origin: int) -> CommittedBlock:
+    return CommittedBlock(incoming.slot, incoming.nonce, num_tokens, origin)

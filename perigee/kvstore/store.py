@@ -101,7 +101,7 @@ class Store:
         drop_at = self._drop_at_of(wait_s, now)
         request = Fetch(caller, keys, parent, source, now + wait_s, drop_at, wait_s > 0, awaited)
         self._fetches.add(request)
-        if self._tiers.slots_needed(request) > self.index.num_slots:
+        if len(awaited) > self.index.num_slots and self._tiers.slots_needed(request) > self.index.num_slots:
             self._fetches.remove(request)
             return [Answer(caller, self._too_large(len(awaited)))]
         first = [Answer(caller, Fetched(found))] if found else []
@@ -227,8 +227,11 @@ class Store:
 
     def next_deadline(self) -> float | None:
         """When `expire` must be called next."""
-        times = (self._deadlines.next(), self.pins.next_end(), self._drop_at)
-        return min((t for t in times if t is not None), default=None)
+        first = self._deadlines.next()
+        for time in (self.pins.next_end(), self._drop_at):
+            if time is not None and (first is None or time < first):
+                first = time
+        return first
 
     def expire(self, now: float) -> list[Answer]:
         """Gives up the requests whose time is over, and ends pins."""
@@ -380,12 +383,8 @@ class Store:
         self, keys: Iterable[BlockKey], now: float, tier: Tier = Tier.DRAM, remote: bool = False
     ) -> list[Answer]:
         """Leases blocks that just came for those who wait for them, one answer per fetch."""
-        came: dict[Fetch, list[tuple[int, BlockKey]]] = {}
-        for key in keys:
-            for request in self._fetches.of(key):
-                came.setdefault(request, []).append((self._fetches.drop(request, key), key))
-        answers = []
-        for request, wanted in came.items():
+        answers: list[Answer] = []
+        for request, wanted in self._fetches.arrived(keys).items():
             leased = self.index.lease(request.caller.group, wanted, now, tier, remote)
             answers += joined([Answer(request.caller, Fetched(tuple(leased))), *self._complete(request)])
         return answers

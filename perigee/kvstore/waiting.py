@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -85,7 +85,10 @@ class Fetches:
     def add(self, fetch: Fetch) -> None:
         self._fetches[fetch] = None
         for key in fetch.awaited:
-            self._of.setdefault(key, []).append(fetch)
+            if waiting := self._of.get(key):
+                waiting.append(fetch)
+            else:
+                self._of[key] = [fetch]
 
     def remove(self, fetch: Fetch) -> None:
         """It waits for nothing any more."""
@@ -96,6 +99,14 @@ class Fetches:
     def of(self, key: BlockKey) -> Sequence[Fetch]:
         """Those that wait for this block."""
         return tuple(self._of.get(key, ()))
+
+    def arrived(self, keys: Iterable[BlockKey]) -> dict[Fetch, list[tuple[int, BlockKey]]]:
+        """Those that waited for any of these blocks, and do not any more, each with the indices and keys of its own."""
+        came: dict[Fetch, list[tuple[int, BlockKey]]] = {}
+        for key in keys:
+            for fetch in self._of.pop(key, ()):
+                came.setdefault(fetch, []).append((fetch.awaited.pop(key), key))
+        return came
 
     def drop(self, fetch: Fetch, key: BlockKey) -> int:
         """The fetch does not wait for this block any more. Returns the block's index in it."""

@@ -4,19 +4,24 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
 
-WIDTH, HEIGHT = 760, 460
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 42, 46  # margins, in pixels
+WIDTH, HEIGHT = 600, 360
+_LEFT, _RIGHT, _BOTTOM = 64, 20, 48  # margins, in pixels
+_TITLE, _LEGEND_ROW = 22, 20  # where the title stands, and what each row of the legend below it takes
 _TICKS = 6
+_CHARACTER = 7.2  # pixels that one takes in the legend, about
 
-COLORS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
-"""For lines that have none of their own: told apart on light and on dark ground."""
+COLORS = ("#2f7ec7", "#d55e00", "#009e73", "#c77ba8", "#b8860b", "#56b4e9", "#7f7f7f")
+"""For lines that have none of their own, from Okabe and Ito's: told apart on light and on dark ground, and by those who
+do not tell red from green."""
+
+DASHES = ("", "7 4", "2 3", "9 3 2 3")
+"""What lines are made of, so that they are told apart without colours, too."""
 
 STYLE = """
-  .plot text { font: 12px system-ui, sans-serif; fill: #333 } .plot .title { font-size: 15px; font-weight: 600 }
+  .plot text { font: 13px system-ui, sans-serif; fill: #333 } .plot .title { font-size: 15px; font-weight: 600 }
   .plot .grid { stroke: #ddd } .plot .axis { stroke: #666 }
-  .plot .curve { fill: none; stroke-width: 1.6; stroke-opacity: .85 }
+  .plot .curve { fill: none; stroke-width: 1.8 } .plot .key { stroke-width: 2.5 }
   @media (prefers-color-scheme: dark) {
     .plot { background: #1b1b1b } .plot text { fill: #ddd } .plot .grid { stroke: #444 } .plot .axis { stroke: #999 }
   }
@@ -25,12 +30,12 @@ STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Curves of one label have one entry in the legend."""
+    """Curves of one label have one entry in the legend. `dash` is one of DASHES."""
 
     label: str
     color: str
     points: Sequence[tuple[float, float]]
-    dashed: bool = False
+    dash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,6 @@ class Plot:
     lines: Sequence[Line]
     from_zero: bool = False
     logarithmic: bool = False
-    legend: Literal["top", "bottom"] = "top"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +81,13 @@ class _Scale:
         return [round(index * step, 10) for index in range(first, last + 1)]
 
     def _decades(self) -> list[float]:
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        values = (factor * 10.0**decade for decade in decades for factor in (1, 2, 5))
-        return [float(f"{value:.1g}") for value in values if self.low <= value <= self.high]
+        """The fewer of a decade, the more decades there are; where a part of one is too little for that, steps."""
+        first, last = math.log10(self.low), math.log10(self.high)
+        factors = (1, 2, 3, 5, 7) if last - first < 1.5 else (1, 2, 5) if last - first < 3 else (1,)
+        decades = range(math.floor(first), math.ceil(last) + 1)
+        values = (float(f"{factor * 10.0**decade:.1g}") for decade in decades for factor in factors)
+        ticks = [value for value in values if self.low <= value <= self.high]
+        return ticks if len(ticks) > 2 else self._steps()
 
 
 def standalone(plot: Plot) -> str:
@@ -93,53 +101,77 @@ def inline(plot: Plot) -> str:
 
 
 def _draw(plot: Plot, style: str) -> str:
-    x, y = _scales(plot)
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    legend = list(_placed(plot))
+    top = _TITLE + (1 + max((row for row, _, _ in legend), default=0)) * _LEGEND_ROW + 12
+    x, y = _scales(plot, top)
+    middle, height = (_LEFT + WIDTH - _RIGHT) / 2, (top + HEIGHT - _BOTTOM) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
         f'height="{HEIGHT}" role="img" aria-label="{escape(plot.title)}">',
         style,
-        f'<text class="title" x="{_LEFT}" y="22">{escape(plot.title)}</text>',
+        f'<text class="title" x="{_LEFT}" y="{_TITLE}">{escape(plot.title)}</text>',
         *_grid(x, y),
         f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">{escape(plot.x_label)}</text>',
-        f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(plot.y_label)}</text>',
+        f'<text transform="translate(15 {height}) rotate(-90)" text-anchor="middle">{escape(plot.y_label)}</text>',
         *(_polyline(line, x, y) for line in plot.lines),
-        *_legend(plot),
+        *(_key(*each) for each in legend),
         "</svg>",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _scales(plot: Plot) -> tuple[_Scale, _Scale]:
+def _scales(plot: Plot, top: float) -> tuple[_Scale, _Scale]:
     xs, ys = zip(*(point for line in plot.lines for point in line.points), strict=True)
     left = min(xs) if plot.logarithmic else 0.0
     bottom = min(0.0, *ys) if plot.from_zero else min(ys)
     x = _Scale(left, max(xs), _LEFT, WIDTH - _RIGHT, plot.logarithmic)
-    return x, _Scale(bottom, max(ys), HEIGHT - _BOTTOM, _TOP)
+    return x, _Scale(bottom, max(ys), HEIGHT - _BOTTOM, top)
 
 
 def _grid(x: _Scale, y: _Scale) -> Iterator[str]:
     for value in x.ticks():
         at = f"{x.at(value):.1f}"
-        yield f'<line class="grid" x1="{at}" y1="{_TOP}" x2="{at}" y2="{HEIGHT - _BOTTOM}"/>'
-        yield f'<text x="{at}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{value:g}</text>'
+        yield f'<line class="grid" x1="{at}" y1="{y.last}" x2="{at}" y2="{y.first}"/>'
+        yield f'<text x="{at}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{_short(value)}</text>'
     for value in y.ticks():
         at = f"{y.at(value):.1f}"
         yield f'<line class="grid" x1="{_LEFT}" y1="{at}" x2="{WIDTH - _RIGHT}" y2="{at}"/>'
-        yield f'<text x="{_LEFT - 7}" y="{at}" dy="4" text-anchor="end">{value:g}</text>'
-    yield f'<path class="axis" fill="none" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>'
+        yield f'<text x="{_LEFT - 7}" y="{at}" dy="4" text-anchor="end">{_short(value)}</text>'
+    yield f'<path class="axis" fill="none" d="M{_LEFT} {y.last}V{y.first}H{WIDTH - _RIGHT}"/>'
 
 
 def _polyline(line: Line, x: _Scale, y: _Scale) -> str:
     points = " ".join(f"{x.at(across):.1f},{y.at(up):.1f}" for across, up in line.points)
-    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-    return f'<polyline class="curve" stroke="{line.color}"{dash} points="{points}"/>'
+    return f'<polyline class="curve" {_stroke(line)} points="{points}"/>'
 
 
-def _legend(plot: Plot) -> Iterator[str]:
-    labels = {line.label: line for line in plot.lines}
-    first = _TOP + 14 if plot.legend == "top" else HEIGHT - _BOTTOM - 18 * len(labels)
-    for top, line in zip(range(first, HEIGHT, 18), labels.values(), strict=False):
-        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        yield f'<line x1="{WIDTH - 250}" y1="{top}" x2="{WIDTH - 222}" y2="{top}" stroke="{line.color}"{dash}/>'
-        yield f'<text x="{WIDTH - 214}" y="{top}" dy="4">{escape(line.label)}</text>'
+def _stroke(line: Line) -> str:
+    return f'stroke="{line.color}"' + (f' stroke-dasharray="{line.dash}"' if line.dash else "")
+
+
+def _short(value: float) -> str:
+    """1,500,000 is 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _placed(plot: Plot) -> Iterator[tuple[int, float, Line]]:
+    """Of each label the row of the legend, where in it that begins, and its line."""
+    row, left = 0, float(_LEFT)
+    for line in {line.label: line for line in plot.lines}.values():
+        width = 36 + _CHARACTER * len(line.label) + 14
+        if left > _LEFT and left + width > WIDTH:
+            row, left = row + 1, float(_LEFT)
+        yield row, left, line
+        left += width
+
+
+def _key(row: int, left: float, line: Line) -> str:
+    """An entry of the legend."""
+    y = _TITLE + (row + 1) * _LEGEND_ROW - 3
+    return (
+        f'<line class="key" x1="{left:.1f}" y1="{y}" x2="{left + 28:.1f}" y2="{y}" {_stroke(line)}/>'
+        f'<text x="{left + 36:.1f}" y="{y}" dy="4">{escape(line.label)}</text>'
+    )

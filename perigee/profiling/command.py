@@ -45,7 +45,7 @@ async def profiled(cluster: Cluster, config: ProfileConfig) -> tuple[ProfileFile
 
 
 async def _measured(cluster: Cluster, config: ProfileConfig) -> Samples:
-    """One worker at a time, so that none disturbs another."""
+    """One worker at a time, so that none disturbs another; but for decoding beside prefill, where that is asked for."""
     bench = Bench(Effort(config.max_tokens, config.repeats, config.seconds), np.random.default_rng(config.seed))
     async with AsyncExitStack() as attached:
         run_id = secrets.token_hex(4)
@@ -62,13 +62,19 @@ async def _measured(cluster: Cluster, config: ProfileConfig) -> Samples:
         for probe in probes:
             if probe.worker.decodes:
                 logger.info("measuring decode worker=%s", probe.worker.id)
-                await bench.measure_steps(probe, _nearest(probe.worker, prefillers))
+                async with bench.occupied(_beside(probe, prefillers) if config.busy else []):
+                    await bench.measure_steps(probe, _nearest(probe.worker, prefillers))
     return bench.samples
 
 
 def _elsewhere(worker: Worker, prefillers: Sequence[Probe]) -> Probe | None:
     """A prefill worker at another store node."""
     return next((probe for probe in prefillers if probe.worker.store != worker.store), None)
+
+
+def _beside(probe: Probe, prefillers: Sequence[Probe]) -> list[Probe]:
+    """The other workers of its host that compute prompts."""
+    return [other for other in prefillers if other is not probe and other.worker.host == probe.worker.host]
 
 
 def _nearest(worker: Worker, prefillers: Sequence[Probe]) -> Probe:

@@ -17,6 +17,9 @@ class ProfileConfig(ClusterProcess, frozen=True, extra="forbid"):
     max_tokens: int = Field(4096, ge=64, description="longest prompt to measure, if the model and its memory allow it")
     repeats: int = Field(3, ge=1, description="how often each size is measured, while there is time")
     seconds: float = Field(30.0, gt=0, description="time for each worker and phase, after which no more sizes follow")
+    busy: bool = Field(
+        False, description="measure decoding while the same host's prefill workers compute: they share its memory"
+    )
     seed: int = Field(0, ge=0, description="of the prompts; another gives prompts that no cache holds")
     machine: str = Field("", description="what the profile calls the machine [default: the workers' host names]")
     date: str = Field("", description="what the profile calls the day [default: today]")

@@ -1,8 +1,10 @@
 """Measures workers, one after the other: prefill and loading, pulling from other nodes, decoding."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,6 +18,9 @@ from perigee.workers.messages import PrefillDone
 logger = logging.getLogger(__name__)
 
 Point = TypeVar("Point")
+
+# What keeps a neighbour busy: prompts of so many tokens.
+_NEIGHBOUR_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,19 @@ class Bench:
             sample = await probe.steps(tokens, first, batch, source)
             logger.debug("step measured worker=%s %s", probe.worker.id, sample)
             self.steps.append(sample)
+
+    @asynccontextmanager
+    async def occupied(self, neighbours: Sequence[Probe]) -> AsyncIterator[None]:
+        """Keeps these workers computing prompts until the context is left."""
+        async with asyncio.TaskGroup() as tasks:
+            busy = [tasks.create_task(self._occupy(probe)) for probe in neighbours]
+            yield
+            for task in busy:
+                task.cancel()
+
+    async def _occupy(self, probe: Probe) -> None:
+        while True:
+            await probe.prefill(self._tokens(probe, _NEIGHBOUR_TOKENS))
 
     def _note_prefill(self, done: PrefillDone, num_tokens: int) -> None:
         cached = done.cached_tokens_dram + done.cached_tokens_ssd + done.cached_tokens_remote

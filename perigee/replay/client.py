@@ -94,6 +94,7 @@ class CompletionClient:
 
     async def _exchange(self, body: bytes, started: RequestRecord, clock: Clock) -> RequestRecord:
         async with self._session.post(self._completions_url, data=body, headers=_JSON) as response:
+            started = replace(started, request_id=response.headers.get("X-Request-Id", ""))
             if response.status == TOO_MANY_REQUESTS:
                 body = await response.read()  # to the end, so that the connection can be used again
                 return replace(started, outcome=Outcome.REJECTED, rejection=_code(body))

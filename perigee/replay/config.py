@@ -31,6 +31,10 @@ class ReplayConfig(BaseModel, frozen=True, extra="forbid"):
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
     seed: int = Field(default=0, description="seed of the prompts' contents")
     timeout_s: float = Field(default=600.0, gt=0, description="a request that takes longer has failed, in seconds")
+    observe: bool = Field(
+        default=True,
+        description="ask a Perigee endpoint every second what its workers carry, and for the receipt of each request",
+    )
     json_file: str | None = Field(
         default=None, description="write the report as JSON to this file; - is standard output"
     )

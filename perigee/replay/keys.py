@@ -35,7 +35,7 @@ class PromptKeys:
     def _key(self, prefix_id: int, part: int, num_tokens: int) -> BlockKey:
         name = prefix_id, part, num_tokens
         if name not in self._known:
-            self._known[name] = _digest(*name)
+            self._known[name] = _digest(f"{prefix_id}/{part}/{num_tokens}")
         return self._known[name]
 
 
@@ -49,10 +49,11 @@ def output_keys(
     if num_tokens == prompt_len:
         return prompt_keys
     own = (
-        _digest(request_id, index, min(block_tokens, num_tokens - index * block_tokens)) for index in range(full, total)
+        _digest(f"{request_id}/{index}/{min(block_tokens, num_tokens - index * block_tokens)}")
+        for index in range(full, total)
     )
     return prompt_keys[:full] + tuple(own)
 
 
-def _digest(*name: object) -> BlockKey:
-    return BlockKey(hashlib.sha256("/".join(map(str, name)).encode()).digest())
+def _digest(name: str) -> BlockKey:
+    return BlockKey(hashlib.sha256(name.encode()).digest())

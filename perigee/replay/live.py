@@ -4,14 +4,15 @@ import asyncio
 import logging
 import resource
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 
 import aiohttp
 
 from perigee.replay.client import Clock, CompletionClient, Model, Params
 from perigee.replay.config import ReplayConfig
-from perigee.replay.metrics import RequestRecord, Slo, summarize
+from perigee.replay.metrics import Report, RequestRecord, Slo, summarize
+from perigee.replay.observer import Observer
 from perigee.replay.prompts import CONSERVATIVE_VOCAB_SIZE, Prompts, ordinary_tokens
 from perigee.replay.report import ReplayProgress, Run, check_html_file, check_json_file, write_run
 from perigee.replay.series import samples_of
@@ -35,7 +36,8 @@ async def run(config: ReplayConfig) -> int:
         client = CompletionClient(session, config.url)
         model = await client.model(config.model)
         prompts = Prompts(trace, ordinary_tokens(_vocab_size(config, model)), config.seed)
-        return await _replay(trace, prompts, client, Params(model.id, config.temperature), config)
+        observer = await Observer.of(session, config.url) if config.observe else None
+        return await _replay(trace, prompts, client, Params(model.id, config.temperature), config, observer)
 
 
 def load_trace(config: ReplayConfig) -> tuple[TraceRequest, ...]:
@@ -50,9 +52,9 @@ async def send_all(
     client: CompletionClient,
     params: Params,
     on_record: Callable[[RequestRecord], None],
+    clock: Clock,
 ) -> None:
     """Send every request when it is due, and return when all have ended; each ends with one call of `on_record`."""
-    clock = _clock()
 
     async def complete(body: bytes, due_s: float) -> None:
         on_record(await client.complete(body, due_s, clock))
@@ -66,27 +68,47 @@ async def send_all(
 
 
 async def _replay(
-    trace: tuple[TraceRequest, ...], prompts: Prompts, client: CompletionClient, params: Params, config: ReplayConfig
+    trace: tuple[TraceRequest, ...],
+    prompts: Prompts,
+    client: CompletionClient,
+    params: Params,
+    config: ReplayConfig,
+    observer: Observer | None,
 ) -> int:
     logger.info("replay started url=%s model=%s requests=%d", config.url, params.model, len(trace))
-    records: list[RequestRecord] = []
+    records = observer.records if observer else []
+    ended = observer.ended if observer else records.append
+    clock = _clock()
     try:
         with ReplayProgress(len(trace)) as progress:
 
             def on_record(record: RequestRecord) -> None:
-                records.append(record)
+                ended(record)
                 progress.advance(record.outcome)
 
-            await send_all(trace, prompts, client, params, on_record)
+            async with observer.observing(clock) if observer else nullcontext():
+                await send_all(trace, prompts, client, params, on_record, clock)
     finally:
-        slo = Slo(config.slo_ttft_s, config.slo_tbt_s)
-        report = summarize(records, slo, unfinished=len(trace) - len(records))
-        replayed = Run(
-            f"Replay of {config.trace.name}", _about(config, params), report, records, samples_of(records, slo)
-        )
-        write_run(replayed, config.json_file, config.html)
-        logger.info("replay ended requests=%d unfinished=%d", report.requests, report.unfinished)
+        report = _report(len(trace), records, params, config, observer)
     return 1 if report.failed else 0
+
+
+def _report(
+    num_requests: int,
+    records: Sequence[RequestRecord],
+    params: Params,
+    config: ReplayConfig,
+    observer: Observer | None,
+) -> Report:
+    """Of what has ended so far."""
+    slo = Slo(config.slo_ttft_s, config.slo_tbt_s)
+    report = summarize(records, slo, unfinished=num_requests - len(records))
+    samples = samples_of(records, slo, observer.states if observer else ())
+    shadow = observer.shadow if observer else None
+    replayed = Run(f"Replay of {config.trace.name}", _about(config, params), report, records, samples, shadow)
+    write_run(replayed, config.json_file, config.html)
+    logger.info("replay ended requests=%d unfinished=%d", report.requests, report.unfinished)
+    return report
 
 
 def _about(config: ReplayConfig, params: Params) -> dict[str, str]:

@@ -48,7 +48,7 @@ class RequestRecord:
     and `tbt_s` are None where no token came, `tbt_s` also where only one did. `failure` names the kind of failure and
     `detail` is what the endpoint said. `rejection` says why a request was rejected, as far as that is known.
     `cached_by_tier` is None where the endpoint does not tell, and so is what it predicted: the TTFT, and the mean of
-    the gaps between tokens, which is `mean_tbt_s`.
+    the gaps between tokens, which is `mean_tbt_s`. `request_id` is what the endpoint calls it, if it tells.
     """
 
     outcome: Outcome
@@ -68,6 +68,7 @@ class RequestRecord:
     mean_tbt_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_tbt_s: float | None = None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ class Report:
     latencies and tokens are of completed requests; `goodput_ratio` is over all with an outcome.
     `cached_token_ratio` is prompt tokens served from the cache over prompt tokens. `late_s` is how late the load
     generator itself was in sending: where it is not small, the measured load is not the trace's. The errors are of the
-    endpoint's own predictions: |predicted - actual| / actual.
+    endpoint's own predictions: |predicted - actual| / actual. `tbt_s` is of the requests' slowest tenths, `mean_tbt_s`
+    of their means.
     """
 
     requests: int
@@ -134,6 +136,7 @@ class Report:
     unfinished: int
     ttft_s: Distribution
     tbt_s: Distribution
+    mean_tbt_s: Distribution
     prompt_tokens: int
     output_tokens: int
     output_tokens_per_s: float
@@ -210,6 +213,7 @@ def summarize(records: Sequence[RequestRecord], slo: Slo, unfinished: int = 0) -
         unfinished=unfinished,
         ttft_s=distribution(record.ttft_s for record in completed if record.ttft_s is not None),
         tbt_s=distribution(record.tbt_s for record in completed if record.tbt_s is not None),
+        mean_tbt_s=distribution(record.mean_tbt_s for record in completed if record.mean_tbt_s is not None),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         output_tokens_per_s=_ratio(output_tokens, duration_s),

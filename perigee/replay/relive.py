@@ -41,7 +41,8 @@ def relive(header: Header, records: Iterable[Record], others: PolicyNames | None
     it would have become. Raises InvalidRecording.
     """
     shadow = Shadow(_policies(others, header.role_hold_s)) if others is not None else None
-    conductor = Conductor(_policies(header.policies, header.role_hold_s), header.profile, shadow, num_receipts=1)
+    policies = _policies(header.policies, header.role_hold_s)
+    conductor = Conductor(policies, header.profile, shadow, num_receipts=1, tenant_weights=header.tenant_weights)
     result = Reliving(header, others=others, tally=shadow.tally if shadow else None)
     begin: float | None = None
     for number, record in enumerate(records, 1):

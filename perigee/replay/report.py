@@ -15,8 +15,9 @@ from rich.table import Column, Table
 
 from perigee.replay.errors import ReplayError
 from perigee.replay.metrics import Distribution, Outcome, Report, RequestRecord, Slo
-from perigee.replay.page import run_page
-from perigee.replay.series import Sample, columns, ranges
+from perigee.replay.page import hits_by_tier, run_page
+from perigee.replay.series import Sample, columns, range_rows, tells_of_workers
+from perigee.replay.shadow_report import ShadowReport, differences, side_by_side
 
 STDOUT = "-"
 
@@ -63,10 +64,16 @@ class Run:
     report: Report
     records: Sequence[RequestRecord]
     samples: Sequence[Sample]
+    shadow: ShadowReport | None = None
 
     def as_json(self) -> str:
-        """The report's fields, and besides them the series by their names."""
-        fields = {**asdict(self.report), "about": dict(self.about), "series": columns(self.samples)}
+        """The report's fields, and besides them the series by their names, and what a shadow would have done."""
+        fields = {
+            **asdict(self.report),
+            "about": dict(self.about),
+            "series": columns(self.samples),
+            "shadow": asdict(self.shadow) if self.shadow else None,
+        }
         return json.dumps(fields, indent=2, allow_nan=False)
 
 
@@ -96,11 +103,12 @@ def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
     """
     report = run.report
     console = Console(stderr=json_file == STDOUT)
-    console.print(as_text(report, run.samples))
+    console.print(as_text(report, run.samples, run.shadow))
     for kind, failure in report.failures.items():
         console.print(f"{failure.count} × {kind}, the first: {failure.example}", markup=False, highlight=False)
     if html is not None:
-        html.write_text(run_page(run.title, report, run.records, run.samples, run.about), encoding="utf-8")
+        text = run_page(run.title, report, run.records, run.samples, run.about, run.shadow)
+        html.write_text(text, encoding="utf-8")
     if json_file == STDOUT:
         sys.stdout.write(run.as_json() + "\n")
         sys.stdout.flush()
@@ -108,15 +116,22 @@ def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
         Path(json_file).write_text(run.as_json() + "\n", encoding="utf-8")
 
 
-def as_text(report: Report, samples: Sequence[Sample] = ()) -> Group:
-    """All that is in `report` but the examples of failures, for people, and what the samples come to."""
+def as_text(report: Report, samples: Sequence[Sample] = (), shadow: ShadowReport | None = None) -> Group:
+    """All that is in `report` but the examples of failures, for people, what the samples come to, and what a shadow
+    would have done.
+    """
     latencies = Table("", *_right("mean", "p50", "p90", "p99"))
-    for name, seconds in (("TTFT", report.ttft_s), ("TBT", report.tbt_s), ("sent late", report.late_s)):
+    for name, seconds in (
+        ("TTFT", report.ttft_s),
+        ("TBT, slowest tenth", report.tbt_s),
+        ("TBT, mean", report.mean_tbt_s),
+        ("sent late", report.late_s),
+    ):
         latencies.add_row(name, *_milliseconds(seconds))
     figures = Table(show_header=False)
     for row in _figures(report):
         figures.add_row(*row)
-    return Group(latencies, figures, *_more(report, samples))
+    return Group(latencies, figures, *_more(report, samples), *(_shadow(shadow) if shadow else ()))
 
 
 def _more(report: Report, samples: Sequence[Sample]) -> Iterator[Table]:
@@ -129,10 +144,22 @@ def _more(report: Report, samples: Sequence[Sample]) -> Iterator[Table]:
         yield _priorities(report)
     if samples:
         series = Table("over time", *_right("mean", "p5", "p95", "peak"))
-        for name, each in ranges(samples).items():
-            values = (each.mean, each.low, each.high, each.peak)
-            series.add_row(name.replace("_", " "), *(f"{value:,.3g}" for value in values))
+        for row in range_rows(samples):
+            series.add_row(*row)
+        if not tells_of_workers(samples):
+            series.add_row("what workers carried", "not told")
         yield series
+
+
+def _shadow(report: ShadowReport) -> Iterator[Table]:
+    table = Table("the same requests", *_right("acting", "shadow"), title="What a shadow would have done")
+    for row in side_by_side(report):
+        table.add_row(*row)
+    yield table
+    others = Table("the shadow would have", *_right("decisions"))
+    for what, decisions in differences(report):
+        others.add_row(what, decisions)
+    yield others
 
 
 def _priorities(report: Report) -> Table:
@@ -157,9 +184,8 @@ def _figures(report: Report) -> Iterator[tuple[str, str]]:
     yield "output tokens/s", f"{report.output_tokens_per_s:.1f}"
     yield "goodput", f"{report.goodput_ratio:.1%} {_bounds(report.slo)}".rstrip()
     yield "cached tokens", f"{report.cached_token_ratio:.1%}"
-    if tiers := report.cached_by_tier:
-        for name, tokens in (("in memory", tiers.dram), ("on SSD", tiers.ssd), ("on another node", tiers.remote)):
-            yield f"  {name}", f"{tokens / max(1, report.prompt_tokens):.1%}"
+    for name, share in hits_by_tier(report):
+        yield f"  {name}", share
     for name, error in (("TTFT", report.ttft_error), ("TBT", report.tbt_error)):
         if error.p50 is not None and error.p90 is not None:
             yield f"{name} predicted", f"to {error.p50:.1%}, 90% of them to {error.p90:.1%}"

@@ -1,5 +1,7 @@
 """The scheduler itself: events and the time go in, commands come out."""
 
+from collections.abc import Mapping
+
 from perigee.scheduler.admission import Refusal
 from perigee.scheduler.commands import Command, Dispatch, Exclude, Proceed, Reject, Resync
 from perigee.scheduler.cost import CostProfile
@@ -43,8 +45,9 @@ class Conductor:
         profile: CostProfile | None = None,
         shadow: Shadow | None = None,
         num_receipts: int = DEFAULT_LIMIT,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.view = ClusterView(profile or CostProfile())
+        self.view = ClusterView(profile or CostProfile(), tenant_weights)
         self.shadow = shadow
         self._policies = policies or make_policies()
         self.receipts = Receipts(self._policies.names, num_receipts)
@@ -104,9 +107,9 @@ class Conductor:
     # ---- requests
 
     def _arrived(self, event: RequestArrived, now: float) -> list[Command]:
-        if self._is_outdated(event):
-            return []
         key = RequestKey.of(event.server, event.ref)
+        if self._is_outdated(key, event):
+            return []
         self.view.drop(key, now)
         failed = self.view.failed.pop(key, None)
         pools = able(self.view, event, now)
@@ -141,11 +144,11 @@ class Conductor:
         )
 
     def _prefill_done(self, event: PrefillDone, now: float) -> list[Command]:
-        if self._is_outdated(event):
+        key = RequestKey.of(event.server, event.ref)
+        if self._is_outdated(key, event):
             return []
-        known = self._known(event)
+        known = self._known(key, event)
         if known is not None and known.phase is Phase.PREFILL:
-            key = RequestKey.of(event.server, event.ref)
             self._learn_prefill(known, event, now)
             self.view.end_prefill(key, now)
             refusal = self._policies.admission.proceed(self.view, known, now)
@@ -171,37 +174,39 @@ class Conductor:
         self.view.ttft_error.observe(request.predicted_ttft_s, event.ttft_s)
 
     def _joined(self, event: Joined, now: float) -> None:
-        if self._known(event) is not None:
-            self.view.start_decode(RequestKey.of(event.server, event.ref), now)
+        key = RequestKey.of(event.server, event.ref)
+        if self._known(key, event) is not None:
+            self.view.start_decode(key, now)
 
     def _finished(self, event: Finished, now: float) -> None:
-        if known := self._known(event):
+        key = RequestKey.of(event.server, event.ref)
+        if known := self._known(key, event):
             self.view.tbt_error.observe(known.predicted_tbt_s, event.mean_tbt_s)
             self.view.count_output(known, event.output_tokens, event.mean_tbt_s)
-            self.view.drop(RequestKey.of(event.server, event.ref), now)
+            self.view.drop(key, now)
 
     def _failed(self, event: Failed, now: float) -> None:
-        if self._is_outdated(event):
-            return
         key = RequestKey.of(event.server, event.ref)
+        if self._is_outdated(key, event):
+            return
         self.view.drop(key, now)
         self.view.failed[key] = FailedAttempt(event.worker_id, now)
 
     def _cancelled(self, event: Cancelled, now: float) -> None:
-        if self._is_outdated(event):
-            return
         key = RequestKey.of(event.server, event.ref)
+        if self._is_outdated(key, event):
+            return
         self.view.drop(key, now)
         self.view.failed.pop(key, None)
 
-    def _known(self, event: RequestEvent) -> InFlight | None:
-        """The attempt in flight that an event is about."""
-        known = self.view.requests.get(RequestKey.of(event.server, event.ref))
+    def _known(self, key: RequestKey, event: RequestEvent) -> InFlight | None:
+        """The attempt in flight that an event is about, whose request has this key."""
+        known = self.view.requests.get(key)
         return known if known is not None and known.ref == event.ref else None
 
-    def _is_outdated(self, event: RequestEvent) -> bool:
+    def _is_outdated(self, key: RequestKey, event: RequestEvent) -> bool:
         """Whether a newer attempt than the event's is in flight."""
-        known = self.view.requests.get(RequestKey.of(event.server, event.ref))
+        known = self.view.requests.get(key)
         return known is not None and known.ref.attempt > event.ref.attempt
 
     # ---- workers and store nodes

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, ByteSize, Field
 
 from perigee.kvstore.addresses import DirectoryTarget, DirectoryUser, Listen
 from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
-from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS, PolicyNames
+from perigee.scheduler.fairness import parse_weights
+from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS, PolicyNames, parse_policies
 from perigee.scheduler.receipts import DEFAULT_LIMIT
 
 
@@ -16,17 +17,6 @@ def _known(name: str, allowed: Collection[str]) -> str:
     if name not in allowed:
         raise ValueError(f"allowed are {', '.join(sorted(allowed))}")
     return name
-
-
-def parse_policies(text: str) -> PolicyNames:
-    """`placement=NAME,admission=NAME`, of which one may be left out. Raises ValueError for anything else."""
-    names = dict(part.strip().partition("=")[::2] for part in text.split(","))
-    if unknown := names.keys() - {"placement", "admission"}:
-        raise ValueError(f"{min(unknown)!r}: allowed are placement=NAME and admission=NAME, with a comma between them")
-    for kind, allowed in (("placement", PLACEMENTS), ("admission", ADMISSIONS)):
-        if kind in names and names[kind] not in allowed:
-            raise ValueError(f"{kind}: {names[kind]!r}: allowed are {', '.join(sorted(allowed))}")
-    return PolicyNames(**names)
 
 
 PlacementName = Annotated[str, AfterValidator(lambda name: _known(name, PLACEMENTS))]
@@ -41,6 +31,15 @@ def _checked_shadow(text: str) -> str:
 
 Shadow = Annotated[str, AfterValidator(_checked_shadow)]
 """Policies that are asked and not obeyed, as `parse_policies` reads them."""
+
+
+def _checked_weights(parts: tuple[str, ...]) -> tuple[str, ...]:
+    parse_weights(parts)
+    return parts
+
+
+TenantWeights = Annotated[tuple[str, ...], AfterValidator(_checked_weights)]
+"""NAME=WEIGHT for each tenant that has another weight than 1, as `parse_weights` reads them."""
 
 
 class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
@@ -70,6 +69,11 @@ class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
         gt=0,
         description="How long one pool must need a worker of the other before it gets it, in seconds.",
     )
+    tenant_weights: TenantWeights = Field(
+        (),
+        description="What tenants count for where they compete, such as gold=4,free=0.5; all others count 1. A tenant's"
+        " fair share is its weight over that of all tenants that want some.",
+    )
     shadow: Shadow | None = Field(
         None, description="Policies to ask as well, without obeying them, such as placement=random,admission=early."
     )
@@ -83,3 +87,8 @@ class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
     @property
     def policies(self) -> PolicyNames:
         return PolicyNames(self.placement, self.admission, self.balance)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the tenants that have another one than 1."""
+        return parse_weights(self.tenant_weights)

@@ -6,7 +6,8 @@ and the less its tenant weighs. The present is when the prompt started that was 
 more than its share drifts into the future, and is passed by others; one that asked for nothing earns nothing by that.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 from perigee.scheduler.events import RequestArrived
 
@@ -17,6 +18,26 @@ PRIORITY_BOOST_S = 10.0
 # A tenant that was turned away within so many seconds has a claim to its share.
 _WANTS_FOR_S = 30.0
 _MAX_TENANTS = 4096
+
+
+def parse_weights(parts: Iterable[str]) -> dict[str, float]:
+    """`NAME=WEIGHT` each, tenants' names and numbers above 0. Raises ValueError for anything else."""
+    weights: dict[str, float] = {}
+    for part in parts:
+        name, _, text = (each.strip() for each in part.rpartition("="))
+        if not name or not _is_weight(text):
+            raise ValueError(f"{part!r}: allowed is NAME=WEIGHT, a tenant's name and a finite number above 0")
+        if name in weights:
+            raise ValueError(f"{part!r}: {name!r} has a weight already, allowed is one for each tenant")
+        weights[name] = float(text)
+    return weights
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 class Ranks:

@@ -107,17 +107,16 @@ class Fleet:
 
     def queue_s(self, rank: float, now: float) -> Floats:
         """How long a prompt of this rank would wait for those before it."""
-        first_s = np.maximum(self.first_ends_at - now, 0.0) * (self.first_rank <= rank)
-        return first_s + self.work.until(rank, len(self.workers)) + self.foreign_s
+        queue_s = self.first_ends_at - now
+        np.maximum(queue_s, 0.0, out=queue_s)
+        queue_s *= self.first_rank <= rank
+        queue_s += self.work.until(rank, len(self.workers))
+        queue_s += self.foreign_s
+        return queue_s
 
     def step_s(self, demand: Demand) -> Floats:
         """The TBT with one more sequence in the batch."""
         return self.next_step_s + self.step_factor * self._profile.context_s(demand.num_tokens)
-
-    def has_room(self, demand: Demand) -> NDArray[np.bool_]:
-        """Who can take one more sequence now."""
-        has_room: NDArray[np.bool_] = self.room >= demand.pages
-        return has_room
 
     # ---- rows
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from perigee.scheduler.ids import RequestKey, WorkerId
 from perigee.scheduler.lengths import LengthModel
 from perigee.scheduler.outlook import Coming, Load, Outlook
-from perigee.scheduler.worker_view import WorkerView
+from perigee.scheduler.worker_view import DecodeLoad, WorkerView
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +72,12 @@ class Forecast:
         outlook = self._outlooks.get(worker.id)
         load = outlook.at(times, self._lengths, now) if outlook else _nothing(len(times))
         return _beside(worker, load)
+
+    def most(self, worker: WorkerView) -> DecodeLoad:
+        """What `load` exceeds at no time, unless more is sent to the worker: known at once, however many there are."""
+        outlook = self._outlooks.get(worker.id)
+        most = outlook.most if outlook else DecodeLoad()
+        return most + worker.foreign if worker.foreign.sequences else most
 
     def load_after(self, worker: WorkerView, times: Floats, decode_s: float) -> Load:
         """The same, did every sequence decode for `decode_s`, and hold nothing before."""

@@ -46,18 +46,20 @@ class Odds(NamedTuple):
 
 @dataclass(slots=True)
 class _Group:
-    """A histogram. The survival function that comes of it is in a row of the table, once it is asked for."""
+    """How many answers were longer than each bucket's lower edge. The survival function that comes of it is in a row of
+    the table, once it is asked for.
+    """
 
     row: int
     parent: "_Group | None" = None
-    counts: Floats = field(default_factory=lambda: np.zeros(_NUM_BUCKETS))
+    longer: Floats = field(default_factory=lambda: np.zeros(_NUM_BUCKETS + 1))
     total: float = 0.0
     num_added: int = 0
     num_shown: int = -1  # answers, its parents' included, that its row in the table shows
 
     def add(self, bucket: int) -> None:
-        self.counts *= _KEPT
-        self.counts[bucket] += 1.0
+        self.longer *= _KEPT
+        self.longer[: bucket + 1] += 1.0
         self.total = _KEPT * self.total + 1.0
         self.num_added += 1
 
@@ -134,7 +136,7 @@ class LengthModel:
         """What to expect of the answer to a prompt of `num_tokens`."""
         group = self._known_group(tenant, num_tokens.bit_length())
         self._refresh(group)
-        beyond = float(self._unlimited(group.row, np.float64(max_tokens)))
+        beyond = self._beyond(group.row, max_tokens)
         reaches = self._reaches(tenant, max_tokens.bit_length()) if beyond < 1.0 - _UNKNOWN else 1.0
         return Odds(group.row, float(max_tokens), reaches, beyond)
 
@@ -147,9 +149,9 @@ class LengthModel:
         self, row: NDArray[np.intp], limit: Floats, reaches: Floats, beyond: Floats, generated: Floats
     ) -> Floats:
         """The same for many answers; `generated` is [answers], or [times, answers] for several counts of each."""
-        by_itself = (self._unlimited(row, generated) - beyond) / np.maximum(1.0 - beyond, _UNKNOWN)
-        longer = reaches + (1.0 - reaches) * np.clip(by_itself, 0.0, 1.0)
-        return np.where(generated < limit, longer, 0.0)
+        slope = (1.0 - reaches) / np.maximum(1.0 - beyond, _UNKNOWN)
+        longer = reaches + slope * np.maximum(self._unlimited(row, generated) - beyond, 0.0)
+        return longer * (generated < limit)
 
     def _reaches(self, tenant: str, magnitude: int) -> float:
         """The probability that an answer runs into a limit of this magnitude."""
@@ -168,19 +170,26 @@ class LengthModel:
         num_added = group.num_added + (self._refresh(parent) if parent is not None else 0)
         if num_added != group.num_shown:
             group.num_shown = num_added
-            longer = np.append(np.cumsum(group.counts[::-1])[::-1], 0.0)  # answers past each lower edge
             inherited = self._survival[parent.row] if parent else _PRIOR
             weight = _PARENT_WEIGHT if parent else max(0.0, _PRIOR_WEIGHT - group.total)
-            self._survival[group.row] = (longer + weight * inherited) / (group.total + weight)
+            self._survival[group.row] = (group.longer + weight * inherited) / (group.total + weight)
         return num_added
 
-    def _unlimited(self, row: NDArray[np.intp] | int, generated: Floats | np.float64) -> Floats:
-        """P(more than `generated` tokens), were there no limit: linear between the edges of the buckets."""
+    def _beyond(self, row: int, tokens: int) -> float:
+        """P(more than so many tokens), were there no limit, for one group: linear between the edges of the buckets."""
+        lower, part = divmod(min(_PER_OCTAVE * math.log2(tokens + 1.0), _NUM_BUCKETS - 1e-9), 1.0)
+        below, above = self._survival[row, int(lower) : int(lower) + 2].tolist()
+        learned: float = below + part * (above - below)
+        return (1.0 - _UNKNOWN) * learned + _UNKNOWN / (tokens + 1.0)
+
+    def _unlimited(self, row: NDArray[np.intp], generated: Floats) -> Floats:
+        """The same for many."""
         position = np.minimum(_PER_OCTAVE * np.log2(generated + 1.0), _NUM_BUCKETS - 1e-9)
         lower = position.astype(np.intp)
         below, above = self._survival[row, lower], self._survival[row, lower + 1]
         learned = below + (position - lower) * (above - below)
-        return np.asarray((1.0 - _UNKNOWN) * learned + _UNKNOWN / (generated + 1.0))
+        chance: Floats = (1.0 - _UNKNOWN) * learned + _UNKNOWN / (generated + 1.0)
+        return chance
 
 
 def _position(tokens: float) -> float:

@@ -1,6 +1,7 @@
 """What is on one decode worker, and what will be there later."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from perigee.scheduler.cost import WorkerCost
 from perigee.scheduler.ids import RequestKey
 from perigee.scheduler.lengths import LengthModel, Odds
+from perigee.scheduler.worker_view import DecodeLoad
 
 Floats = NDArray[np.float64]
 
@@ -15,9 +17,10 @@ Floats = NDArray[np.float64]
 _STARTS, _JOINED, _BORN, _ROW, _LIMIT, _REACHES, _BEYOND, _CONTEXT, _PAGES, _TBT, _WORK = range(11)
 _NUM_FIELDS = 11
 
+_TINY = 1e-300
 
-@dataclass(frozen=True, slots=True)
-class Coming:
+
+class Coming(NamedTuple):
     """A request that will decode on a worker: from when on, in seconds of the Conductor's clock, how long it is
     expected to be, the tokens and pages that it takes, its bound on TBT, and the work that its prompt costs.
     """
@@ -59,6 +62,11 @@ class Outlook:
         self._batch = 0  # sequences that have joined
         self._context = 0.0  # what they hold, less the steps at which they joined
         self._reported = (0, 0.0)  # steps by the worker's own count, and by ours then
+        # Of all that are here: the pages, and the tokens that they may come to at the most; and the strictest bound on
+        # TBT, None where that has to be looked up.
+        self._pages = 0
+        self._most_tokens = 0
+        self._tightest: float | None = np.inf
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -77,6 +85,10 @@ class Outlook:
         )  # fmt: skip
         self._columns[key] = count
         self._keys.append(key)
+        self._pages += coming.pages
+        self._most_tokens += coming.context_tokens + int(limit)
+        if self._tightest is not None:
+            self._tightest = min(self._tightest, coming.tbt_s)
 
     def start(self, key: RequestKey, now: float) -> None:
         """Its prompt is computed."""
@@ -91,7 +103,7 @@ class Outlook:
         self._pass_time(now)
         self._table[(_STARTS, _JOINED, _BORN), column] = now, 1.0, self._steps
         self._batch += 1
-        self._context += self._table[_CONTEXT, column] - self._steps
+        self._context += self._table.item(_CONTEXT, column) - self._steps
 
     def remove(self, key: RequestKey) -> None:
         """Nothing is left of it, wherever it stood. The last column takes its place."""
@@ -99,9 +111,14 @@ class Outlook:
         if column is None:
             return
         table = self._table
-        if table[_JOINED, column]:
+        _, joined, born, _, limit, _, _, context, pages, tbt_s, _ = table[:, column].tolist()
+        if joined:
             self._batch -= 1
-            self._context -= table[_CONTEXT, column] - table[_BORN, column]
+            self._context -= context - born
+        self._pages -= int(pages)
+        self._most_tokens -= int(context + limit)
+        if tbt_s == self._tightest:
+            self._tightest = None
         last = self._keys.pop()
         if last != key:
             table[:, column] = table[:, len(self._keys)]
@@ -121,12 +138,19 @@ class Outlook:
     @property
     def tightest_tbt_s(self) -> float:
         """The strictest bound of all requests here; infinity if there is none."""
-        return float(self._table[_TBT, : len(self)].min(initial=np.inf))
+        if self._tightest is None:
+            self._tightest = float(self._table[_TBT, : len(self)].min(initial=np.inf))
+        return self._tightest
 
     @property
     def last_start(self) -> float:
         """When the last one is predicted to join; minus infinity if there is none."""
         return float(self._table[_STARTS, : len(self)].max(initial=-np.inf))
+
+    @property
+    def most(self) -> DecodeLoad:
+        """What `at` exceeds at no time: all that is here, as long as it may get."""
+        return DecodeLoad(len(self), self._pages, self._most_tokens)
 
     def at(self, times: Floats, lengths: LengthModel, now: float) -> Load:
         """The load at these moments, none of which is before `now`."""
@@ -139,7 +163,7 @@ class Outlook:
             batch=decoding.sum(axis=1),
             context_tokens=(decoding * (table[_CONTEXT] + later)).sum(axis=1),
             places=alive.sum(axis=1),
-            pages=(alive * table[_PAGES]).sum(axis=1),
+            pages=alive @ table[_PAGES],
         )
 
     def after(self, times: Floats, decode_s: float) -> Load:
@@ -170,7 +194,7 @@ class Outlook:
         step_s = self._step_s() if self._batch else self._cost.step_s(1, float(table[_CONTEXT].mean()))
         steps = self._steps + (now - self._stepped_at) / step_s
         age = joined * np.maximum(0.0, steps - table[_BORN])
-        begins = np.where(joined > 0, now, np.maximum(now, table[_STARTS]))
+        begins = np.maximum(now, table[_STARTS])  # what has joined began before
         return age, age + np.maximum(0.0, when - begins) / step_s
 
     def _step_s(self) -> float:
@@ -188,5 +212,5 @@ def _still_there(table: Floats, lengths: LengthModel, age: Floats, later: Floats
     row = table[_ROW].astype(np.intp)
     columns = table[_LIMIT], table[_REACHES], table[_BEYOND]
     longer = lengths.survivals(row, *columns, np.concatenate([age[None], later]))
-    known = longer[0]
-    return np.where(known > 0, longer[1:] / np.where(known > 0, known, 1.0), 0.0)
+    still_there: Floats = longer[1:] / np.maximum(longer[0], _TINY)  # of what is past its limit nothing is left later
+    return still_there

@@ -60,6 +60,17 @@ class Policies:
     names: PolicyNames = PolicyNames()
 
 
+def parse_policies(text: str) -> PolicyNames:
+    """`placement=NAME,admission=NAME`, of which one may be left out. Raises ValueError for anything else."""
+    names = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    if unknown := names.keys() - {"placement", "admission"}:
+        raise ValueError(f"{min(unknown)!r}: allowed are placement=NAME and admission=NAME, with a comma between them")
+    for kind, allowed in (("placement", PLACEMENTS), ("admission", ADMISSIONS)):
+        if kind in names and names[kind] not in allowed:
+            raise ValueError(f"{kind}: {names[kind]!r}: allowed are {', '.join(sorted(allowed))}")
+    return PolicyNames(**names)
+
+
 def make_policies(
     placement: str = "perigee",
     admission: str = "perigee",

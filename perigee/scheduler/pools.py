@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from perigee.scheduler.fleet import Fleet, Rows, rows_of
+from perigee.scheduler.fleet import Fleet, Floats, Rows, rows_of
 from perigee.scheduler.ids import WorkerId
 from perigee.scheduler.worker_view import Demand, WorkerView
 
@@ -106,9 +106,10 @@ class Pools:
 
     def with_room(self, demand: Demand) -> "Pools":
         """Those that can take the demand now. A prompt waits its turn, so prefill workers always have room."""
-        has_room = self.fleet.has_room(demand)
-        if has_room[self.decode_rows].all() and has_room[self.mixed_rows].all():
+        least = min(_least(self.fleet.room, self.decode_rows), _least(self.fleet.room, self.mixed_rows))
+        if demand.pages <= least:
             return self
+        has_room = self.fleet.room >= demand.pages
         return replace(
             self, decode_rows=_where(self.decode_rows, has_room), mixed_rows=_where(self.mixed_rows, has_room)
         )
@@ -129,6 +130,11 @@ class Pools:
             decode_rows=_where(self.decode_rows, decode),
             mixed_rows=_where(self.mixed_rows, decode),
         )
+
+
+def _least(column: Floats, rows: Rows) -> float:
+    values = column[rows]
+    return values.item(values.argmin()) if rows.size else np.inf
 
 
 def _where(rows: Rows, condition: NDArray[np.bool_]) -> Rows:

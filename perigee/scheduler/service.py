@@ -13,13 +13,13 @@ from perigee.kvstore.directory_pb2_grpc import add_DirectoryServicer_to_server
 from perigee.scheduler import scheduler_pb2 as pb
 from perigee.scheduler import scheduler_pb2_grpc as rpc
 from perigee.scheduler.conductor import Conductor
-from perigee.scheduler.config import ConductorConfig, parse_policies
+from perigee.scheduler.config import ConductorConfig
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.cost.profile_file import read_profile
 from perigee.scheduler.driver import Driver, Outbox
 from perigee.scheduler.errors import InvalidMessage, SchedulerError
 from perigee.scheduler.ids import ServerId, WorkerId
-from perigee.scheduler.policies import make_policies
+from perigee.scheduler.policies import make_policies, parse_policies
 from perigee.scheduler.recording.journal import Journal
 from perigee.scheduler.shadow import Shadow
 from perigee.scheduler.wire import command_to_pb, error_to_pb, event_from_pb, moves_to_pb, shadow_to_pb
@@ -68,9 +68,8 @@ def _directory(config: ConductorConfig, server: grpc.aio.Server) -> Directory:
 def _conductor(config: ConductorConfig, profile: CostProfile) -> Conductor:
     """Its policies and its shadow's are as configured, and each has its own."""
     shadow = Shadow(make_policies(**asdict(parse_policies(config.shadow)))) if config.shadow else None
-    return Conductor(
-        make_policies(**asdict(config.policies), role_hold_s=config.role_hold_s), profile, shadow, config.receipts
-    )
+    policies = make_policies(**asdict(config.policies), role_hold_s=config.role_hold_s)
+    return Conductor(policies, profile, shadow, config.receipts, config.weights)
 
 
 def _profile(config: ConductorConfig) -> CostProfile:

@@ -4,6 +4,7 @@ It sees what the acting policies see, at the same moment, and keeps no books: wh
 after that, nobody knows. So each of its decisions is compared by itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from perigee.scheduler.admission import Refusal
@@ -20,6 +21,24 @@ class Verdict:
 
     plan: Plan
     refusal: Refusal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was, or would have been, done with an arrival. Times are as predicted for these two workers, whether or not
+    it is `rejected`.
+    """
+
+    prefill: str
+    decode: str
+    ttft_s: float
+    tbt_s: float
+    rejected: bool
+
+    @classmethod
+    def of(cls, plan: Plan, refusal: Refusal | None) -> "Decision":
+        prefill, decode = plan.workers
+        return cls(prefill, decode, plan.ttft_s, plan.tbt_s, refusal is not None)
 
 
 @dataclass(slots=True)
@@ -54,11 +73,14 @@ class Tally:
 
 
 class Shadow:
-    """`policies` must be its own: they may keep state."""
+    """`policies` must be its own: they may keep state. `on_judged` is told of each decision about an arrival: ours, and
+    what the shadow's would have been.
+    """
 
-    def __init__(self, policies: Policies) -> None:
+    def __init__(self, policies: Policies, on_judged: Callable[[Decision, Decision], None] | None = None) -> None:
         self.policies = policies
         self.tally = Tally()
+        self._on_judged = on_judged
 
     def judge(
         self, view: ClusterView, pools: Pools, request: RequestArrived, ours: Plan, refusal: Refusal | None, now: float
@@ -67,6 +89,8 @@ class Shadow:
         plan = self.policies.placement.place(view, pools, request, now)
         verdict = Verdict(plan, self.policies.admission.admit(view, request, plan, now))
         self._count(verdict, ours, refusal)
+        if self._on_judged:
+            self._on_judged(Decision.of(ours, refusal), Decision.of(plan, verdict.refusal))
         return verdict
 
     def judge_again(self, view: ClusterView, request: InFlight, refusal: Refusal | None, now: float) -> None:

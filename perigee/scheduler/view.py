@@ -1,11 +1,11 @@
 """The cluster as the Conductor knows it. Only the Conductor changes it; policies read it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from perigee.scheduler.commands import Drain, Replicate, SetRole, Trim
+from perigee.scheduler.commands import Drain, Replicate, SetRole, Trim, WorkerAddress
 from perigee.scheduler.copy_log import CopyLog
 from perigee.scheduler.cost import CostModel, CostProfile
 from perigee.scheduler.cost.accuracy import Accuracy
@@ -78,7 +78,7 @@ class FailedAttempt:
 class ClusterView:
     """Workers, store nodes, prefix locations and requests in flight."""
 
-    def __init__(self, profile: CostProfile) -> None:
+    def __init__(self, profile: CostProfile, tenant_weights: Mapping[str, float] | None = None) -> None:
         self.profile = profile
         self.costs = CostModel(profile)
         self.workers: dict[WorkerId, WorkerView] = {}
@@ -97,8 +97,8 @@ class ClusterView:
         self.tbt_error = Accuracy()
         self.lengths = LengthModel()
         self.forecast = Forecast(self.lengths)
-        self.ranks = Ranks()
-        self.shares = Shares()
+        self.ranks = Ranks(tenant_weights)
+        self.shares = Shares(tenant_weights)
         self.mean_decode_s = math.inf  # until an answer has ended
         self._num_decoded = 0
         self._demand: tuple[RequestArrived, ModelCard, Demand] | None = None  # of the last request
@@ -253,7 +253,8 @@ class ClusterView:
             self.lose_worker(before.id, before.incarnation, now)
         cost, row = self.costs.new_worker(), self.fleet.take_row()
         queue = PromptQueue(self.fleet.work, row)
-        worker = WorkerView(joined.worker_id, joined.incarnation, joined.address, joined.store, cost, row, queue)
+        where = WorkerAddress(joined.worker_id, joined.address, joined.incarnation)
+        worker = WorkerView(joined.worker_id, joined.incarnation, where, joined.store, cost, row, queue)
         self.workers[worker.id] = worker
         self.fleet.enter(worker)
 

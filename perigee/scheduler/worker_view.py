@@ -63,7 +63,7 @@ class WorkerView:
 
     id: WorkerId
     incarnation: str
-    address: str
+    where: WorkerAddress
     store: NodeId
     cost: WorkerCost
     row: int  # in the Fleet
@@ -78,10 +78,6 @@ class WorkerView:
     # What the last report showed beyond what we had placed by then: another Conductor's doing, or a longer output.
     foreign: DecodeLoad = DecodeLoad()
     ended: list[tuple[float, DecodeLoad]] = field(default_factory=list)  # lately: when, and what it took
-
-    @property
-    def where(self) -> WorkerAddress:
-        return WorkerAddress(self.id, self.address, self.incarnation)
 
     @property
     def prefills(self) -> dict[RequestKey, PlacedPrefill]:
@@ -124,8 +120,3 @@ class WorkerView:
         if report is None or self.placed.sequences + self.foreign.sequences >= report.max_sequences:
             return -1
         return report.total_pages - self.placed.pages - self.foreign.pages
-
-    def step_s(self, demand: Demand) -> float:
-        """Predicted TBT with this sequence in the batch."""
-        load = self.load
-        return self.cost.step_s(load.sequences + 1, load.context_tokens + demand.num_tokens)

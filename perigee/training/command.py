@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from perigee.plots.svg import Line, Plot, standalone
+from perigee.plots.svg import DASHES, Line, Plot, standalone
 from perigee.training.comparison import OPTIMIZERS, Comparison, SeedResult, best_lr, step_counts
 from perigee.training.config import TrainConfig
 from perigee.training.curve import Curve
@@ -100,7 +100,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         for steps, curve in result.muon.items():
             shorter = steps < max(result.muon)
             label = "Muon, shorter schedules" if shorter else "Muon"
-            yield Line(label, COLORS["muon"], sorted(curve.held_out.items()), dashed=shorter)
+            yield Line(label, COLORS["muon"], sorted(curve.held_out.items()), DASHES[1] if shorter else "")
 
 
 @contextmanager

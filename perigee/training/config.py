@@ -42,7 +42,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     experts: int = Field(default=8, ge=1, description="routed experts of a layer")
     experts_per_token: int = Field(default=2, ge=1, description="routed experts that a token chooses")
     context: int = Field(default=128, ge=2, description="tokens of a sequence")
-    lrs: tuple[float, ...] = Field(default=(1e-3, 3e-3, 1e-2), description="comparison: learning rates to try")
+    lrs: tuple[float, ...] = Field(
+        default=(3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2), description="comparison: learning rates to try"
+    )
     tune_steps: int = Field(default=100, ge=1, description="comparison: steps of a run that tries one")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), description="comparison: seeds to train with")
     shares: tuple[float, ...] = Field(

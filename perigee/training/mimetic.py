@@ -6,9 +6,13 @@ Here it begins with an induction circuit (Olsson et al., "In-context Learning an
 
 - each head of the first layer looks a certain distance back, and writes what is there as S^distance A v, with a
   rotation S that all share and an A v that says which token it is;
-- half of the heads of every other layer ask with S applied for what the keys are as they are. So a position is looked
-  at if what came before it is what came up to here: the one after a like passage. The other half ask for what is like
+- half of the heads of the last layer ask with S applied for what the keys are as they are. So a position is looked at
+  if what came before it is what came up to here: the one after a like passage. The other half ask for what is like
   them, without S.
+
+The layers between are as they were drawn. What is far away is thus found where attention is full, whatever the other
+layers' gates (MoBA) leave out: a gate sees means, in which one passage of a block hardly shows. The first layer looks
+at what is near, and so does its gate: the pairs of rotated dimensions that turn slowly rank blocks by their distance.
 """
 
 from collections.abc import Mapping
@@ -23,7 +27,6 @@ from perigee.workers.model.moonlight_config import MoonlightConfig
 _EMBEDDING, _LATENT, _WRITTEN = 0.1, 0.1, 0.07
 _VALUES = 0.5  # the length of values beside that of latents
 _SHARPNESS = 40.0  # the product of query and key at the distance looked at, in each pair of rotated dimensions
-_PAIRS = 5  # of those, that take part: the ones that turn fastest
 _LIKENESS = 2**0.5  # the length of queries and keys beside that of latents
 
 
@@ -35,7 +38,7 @@ def mimic(weights: Mapping[str, Tensor], config: MoonlightConfig, generator: tor
     embedding = weights["model.embed_tokens.weight"]
     embedding.mul_(_EMBEDDING / embedding.std()).add_(common, alpha=_EMBEDDING)
     rotation = _orthogonal(hidden, hidden, generator)
-    for layer in range(config.num_layers):
+    for layer in (0, config.num_layers - 1):
         prefix = f"model.layers.{layer}.self_attn"
         query = weights[f"{prefix}.q_proj.weight"].view(config.num_heads, -1, hidden)
         latent = weights[f"{prefix}.kv_a_proj_with_mqa.weight"]
@@ -52,7 +55,7 @@ def mimic(weights: Mapping[str, Tensor], config: MoonlightConfig, generator: tor
 
 def _look_back(query: Tensor, latent: Tensor, common: Tensor, config: MoonlightConfig) -> None:
     """The rotated parts of queries and keys are constant, but for angles by which a head's queries are ahead."""
-    frequencies = config.rope.inverse_frequencies(config.rope_dim)[:_PAIRS]
+    frequencies = config.rope.inverse_frequencies(config.rope_dim)
     # After the norm an embedding is √2 shorter in what is common.
     direction = common * (2 * _SHARPNESS) ** 0.5 / config.hidden_size
     for pair, frequency in enumerate(frequencies):

@@ -23,11 +23,12 @@ STAGES = (
     Stage(64, 48, 120, "", 0.75, 2),
     # Blocks that make choosing worth its while even here.
     Stage(256, 12, 200, "block_size=64,top_k=3,full_layers=1", 0.75, 4),
-    Stage(1024, 3, 157, MOBA, 0.67, 8),
+    Stage(1024, 3, 150, MOBA, 0.67, 8),
     # Now whole answers, which begin by repeating the name.
     Stage(1024, 3, 150, MOBA, 0.67, 8, answers=True),
     Stage(2048, 2, 90, MOBA, 0.75, 12, answers=True),
     Stage(4096, 1, 50, "", 0.75, 12, answers=True),
+    Stage(8192, 1, 16, "", 0.75, 12, answers=True),
 )
 _QUESTIONS_IN_VOCABULARY = 40_000
 

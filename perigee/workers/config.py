@@ -42,6 +42,12 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
     block_tokens: int = Field(default=32, ge=1, description="tokens a KVCache block, a power of two")
     kv_tokens: int = Field(default=65536, ge=1, description="tokens that the KV pool holds")
     max_batched_tokens: int = Field(default=2048, ge=1, description="tokens a step may compute")
+    shared_prompt_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="prompts share a step only while they have so many tokens together; more makes first tokens later,"
+        " and is worth it where a step of that many leaves the processor idle",
+    )
     max_sequences: int = Field(default=32, ge=1, description="sequences that may hold pages at once")
     max_context: int = Field(default=0, ge=0, description="positions a sequence may have; 0: as many as the model has")
     threads: int = Field(default=0, ge=0, description="CPU threads a step uses; 0: all cores")

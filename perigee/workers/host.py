@@ -164,7 +164,7 @@ class Host:
     async def _save(self, session: Session, index: int) -> None:
         """Puts a block that grew while decoding into the store, if there is room."""
         assert session.active is not None
-        parent, key = session.chain.key(index, session.active.token_ids)
+        parent, key = session.chain.key(index, session.active.tokens)
         with suppress(NoRoom):
             async with self.leases() as group:
                 acquired = await group.acquire([key], parent, wait_s=0)

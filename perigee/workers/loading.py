@@ -68,6 +68,7 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
         max_sequences=config.max_sequences,
         max_context=max_context(model, config),
         prompts_just_in_time=computes_prompts(config.role),
+        shared_prompt_tokens=config.shared_prompt_tokens,
     )
     engine = Engine(Batcher(PagePool(num_pages, config.block_tokens), limits, eos), runner)
     _warm_up(engine, limits)

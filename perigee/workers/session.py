@@ -1,6 +1,7 @@
 """One attempt on one worker, from the first message about it to the last."""
 
 import asyncio
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,13 +26,15 @@ class KeyChain:
         self._block_tokens = block_tokens
         self._keys = list(sequence.block_keys[: len(sequence.token_ids) // block_tokens])
 
-    def key(self, block: int, token_ids: list[int]) -> tuple[BlockKey, BlockKey]:
-        """(parent, key) of a full block of the sequence that by now has these tokens."""
+    def key(self, block: int, tokens: Callable[[int, int], abc.Sequence[int]]) -> tuple[BlockKey, BlockKey]:
+        """(parent, key) of a full block of the sequence. `tokens` gives those that it has by now, from one position up
+        to another.
+        """
         while len(self._keys) <= block:
             index = len(self._keys)
-            tokens = token_ids[index * self._block_tokens : (index + 1) * self._block_tokens]
+            own = tokens(index * self._block_tokens, (index + 1) * self._block_tokens)
             salt = self._salt if index == self._salt_block else NO_SALT
-            self._keys.append(next_key(self._keys[-1] if self._keys else self._root, tokens, salt))
+            self._keys.append(next_key(self._keys[-1] if self._keys else self._root, own, salt))
         return (self._keys[block - 1] if block else self._root), self._keys[block]
 
 

@@ -59,9 +59,8 @@ def test_recall_and_loss_are_told_by_attention_and_length(tmp_path: Path) -> Non
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["recall"].keys() == {"full", "moba_prefill", "moba"}
     assert all(recall.keys() == {"512", "1024"} for recall in results["recall"].values())
-    # With sparse decode the model itself loses the thread, see its card.
-    served = (results["recall"][name].values() for name in ("full", "moba_prefill"))
-    assert min(value for values in served for value in values) >= 0.75
+    # In 512 tokens the gates leave nothing out, in 1024 half of all blocks.
+    assert min(value for recall in results["recall"].values() for value in recall.values()) >= 0.75
     assert results["heldout_loss"].keys() == {"full", "moba"}
     assert all(0 < loss < math.log(2048) for loss in results["heldout_loss"].values())
 

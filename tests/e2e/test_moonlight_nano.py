@@ -59,8 +59,6 @@ async def test_greedy_output_is_that_of_one_engine_and_of_the_cache(nano: Endpoi
     assert [answer.cached_tokens for answer in second] == [len(prompt) - 1 for prompt in asked]
 
 
-# With sparse decode the model loses the thread; its card says so.
-@pytest.mark.parametrize("moba", ["", "off"], ids=["sparse prompts", "full"], indirect=True, scope="module")
 async def test_a_pass_key_is_found_again(nano: Endpoint) -> None:
     text = f"{FILLER[:2000]}The pass key of silver falcon is 48213.\n{FILLER[:1000]}The pass key of silver falcon is"
     async with AsyncOpenAI(base_url=f"{nano.url}/v1", api_key="none") as client:

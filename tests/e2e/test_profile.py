@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,3 +103,19 @@ def test_without_a_cluster_there_is_nothing_to_measure(tmp_path: Path) -> None:
     ended = profile("--url=http://127.0.0.1:9", f"--output={tmp_path / 'profile.yaml'}")
     assert ended.returncode == 1
     assert ended.stderr.startswith("perigee profile: url: no answer from http://127.0.0.1:9/cluster")
+
+
+def computed_tokens(endpoint: Endpoint) -> float:
+    """Prompt tokens that all workers have computed."""
+    text = urllib.request.urlopen(f"{endpoint.url}/metrics").read().decode()
+    lines = [line for line in text.splitlines() if line.startswith("perigee_worker_prompt_tokens_computed_total")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_decoding_can_be_measured_beside_workers_that_compute(tiny: Endpoint, tmp_path: Path) -> None:
+    begun = computed_tokens(tiny)
+    measured(tiny.url, tmp_path / "quiet.yaml")
+    quiet = computed_tokens(tiny)
+    ended = profile(f"--url={tiny.url}", f"--output={tmp_path / 'busy.yaml'}", "--busy")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert computed_tokens(tiny) - quiet > 1.5 * (quiet - begun)

@@ -55,3 +55,24 @@ async def test_a_thousand_requests_of_the_conversation_trace_are_served_with_the
     assert report["prompt_tokens"] == allowed.tokens
     assert report["cached_token_ratio"] == pytest.approx(allowed.token_ratio, abs=0.02)
     assert await roomy.metric("perigee_orphaned_blocks") == 0
+    by_tier, series = report["cached_by_tier"], report["series"]
+    assert sum(by_tier.values()) == pytest.approx(report["cached_token_ratio"] * report["prompt_tokens"])
+    assert len(series["at_s"]) == len(series["decode_load"]) == len(series["queued_tokens"]) > 10
+    assert max(series["decode_load"]) > 0 and max(series["queued_tokens"]) > 0
+
+
+def test_the_report_says_what_a_shadow_would_have_done(
+    tiny_llama: Path, vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"{number / 20},64,4\n" for number in range(20))
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + rows)
+    flags = ("--prefill=2", "--shadow=placement=random,admission=none", "--tenant-weights=gold=4")
+    with up(tmp_path_factory.mktemp("shadow"), tiny_llama, vocabulary, *flags) as endpoint:
+        command = [sys.executable, "-m", "perigee", "replay", str(trace), f"--url={endpoint.url}", "--json=-"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    shadow = json.loads(ended.stdout)["shadow"]
+    assert (shadow["decisions"], shadow["both_served"], shadow["second"]["checks"]) == (20, 20, 20)
+    assert shadow["shadow"]["ttft_s"]["mean"] > 0
+    assert "What a shadow would have done" in ended.stderr

@@ -224,9 +224,9 @@ def test_classes_learn_apart_and_falling_hazard_is_believed_before_any_lesson() 
     before = returns.densities()[0][:-1]
     assert before == sorted(before, reverse=True)
     for _ in range(1000):
-        returns.reached(0, 3)
-        returns.returned(0, 3)
-        returns.reached(1, 3)
+        returns.reached[3] += 1
+        returns.returned[3] += 1
+        returns.reached[NUM_AGES + 3] += 1
     often, never = returns.densities()
     assert often[3] > 10 * never[3]
 

@@ -6,11 +6,14 @@ from xml.etree import ElementTree
 import pytest
 
 from perigee.plots.page import Section, Table, page
-from perigee.plots.svg import HEIGHT, WIDTH, Line, Plot, inline, standalone
+from perigee.plots.svg import DASHES, HEIGHT, WIDTH, Line, Plot, inline, standalone
 
 
 def plot(**fields: object) -> Plot:
-    lines = [Line("a < b", "#123456", [(1.0, 5.0), (100.0, 50.0)]), Line("c", "#654321", [(10.0, 20.0)], dashed=True)]
+    lines = [
+        Line("a < b", "#123456", [(1.0, 5.0), (100.0, 50.0)]),
+        Line("c", "#654321", [(10.0, 20.0)], dash=DASHES[1]),
+    ]
     return Plot("Title & more", "seconds", "requests", lines, **fields)  # type: ignore[arg-type]
 
 
@@ -40,6 +43,38 @@ def test_an_axis_from_zero_has_zero_at_the_bottom() -> None:
 
 def test_a_plot_of_one_value_is_drawn() -> None:
     assert points(standalone(Plot("", "", "", [Line("a", "#000", [(0.0, 3.0)])])))
+
+
+@pytest.mark.parametrize("labels", [["a"], ["a", "b"], [f"a long name of a line, {index}" for index in range(5)]])
+def test_the_legend_stands_above_the_frame_within_the_width(labels: list[str]) -> None:
+    lines = [Line(label, "#000", [(0.0, 0.0), (1.0, 1.0)]) for label in labels]
+    svg = ElementTree.fromstring(standalone(Plot("", "", "", lines)))
+    keys = [line for line in svg.findall("{*}line") if line.attrib["class"] == "key"]
+    top = min(y for curve in points(standalone(Plot("", "", "", lines))) for _, y in curve)
+    assert len(keys) == len(labels)
+    assert all(float(key.attrib["y1"]) < top and float(key.attrib["x2"]) < WIDTH for key in keys)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0193, 0.0197), (0.02, 0.07), (0.3, 40.0), (1e-6, 100.0), (5.0, 5.0)])
+def test_a_logarithmic_axis_has_values_to_read_off(low: float, high: float) -> None:
+    svg = standalone(Plot("", "", "", [Line("a", "#000", [(low, 0.0), (high, 1.0)])], logarithmic=True))
+    across = [text for text in ElementTree.fromstring(svg).findall("{*}text") if text.get("text-anchor") == "middle"]
+    values = [float(text.text) for text in across if text.text]
+    assert len(values) >= (3 if high > low else 1)
+    assert all(low * 0.999 <= value <= high * 1.001 for value in values)
+
+
+def test_large_values_are_short() -> None:
+    svg = standalone(Plot("", "", "", [Line("a", "#000", [(0.0, 0.0), (1.0, 1_500_000.0)])], from_zero=True))
+    assert {"500k", "1M", "1.5M"} <= {text.text for text in ElementTree.fromstring(svg).findall("{*}text")}
+
+
+def test_columns_of_figures_stand_to_the_right_and_others_to_the_left() -> None:
+    table = Table(("what", "where", "much"), [("a", "here", "–"), ("b", "3 there", "-7.5 s")], notes=["Mind <this>."])
+    text = page("", [Section("", tables=[table])])
+    assert text.count('<th class="text">') == 2 and "<th>much</th>" in text
+    assert '<td class="text">3 there</td><td>-7.5 s</td>' in text
+    assert "Mind &lt;this&gt;." in text
 
 
 def test_text_is_escaped() -> None:

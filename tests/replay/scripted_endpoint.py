@@ -13,10 +13,10 @@ from aiohttp import web
 class Answer:
     """One request's answer in the making."""
 
-    def __init__(self, request: web.Request, body: dict[str, Any]) -> None:
+    def __init__(self, request: web.Request, body: dict[str, Any], headers: dict[str, str]) -> None:
         self.body = body
         self._request = request
-        self._response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        self._response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
 
     async def token(self, text: str = "x") -> None:
         await self.send({"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None})
@@ -70,29 +70,41 @@ Script = Callable[[Answer], Awaitable[int | None]]
 class ScriptedEndpoint:
     """`script` answers completions, `bodies` are the requests so far, in order of arrival.
 
-    `first_ended` is set when the client sends a second request over a connection, so has read a first answer whole.
+    With a `cluster` it is a Perigee endpoint, whose requests have a `receipt` each; `asked` are the paths of what was
+    asked about these. `first_ended` is set when the client sends a second request over a connection, so has read a
+    first answer whole.
     """
 
     script: Script = Answer.whole
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "small", "vocab_size": 512}])
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    cluster: dict[str, Any] | None = None
+    receipt: dict[str, Any] | None = None
+    asked: list[str] = field(default_factory=list)
     first_ended: asyncio.Event = field(default_factory=asyncio.Event)
     connections: set[object] = field(default_factory=set)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        answer = Answer(request, await request.json())
+        headers = {"X-Request-Id": f"cmpl-{len(self.bodies)}"} if self.cluster else {}
+        answer = Answer(request, await request.json(), headers)
         self.bodies.append(answer.body)
         if request.transport in self.connections:
             self.first_ended.set()
         self.connections.add(request.transport)
         status = await self.script(answer)
         if status is not None:
-            return web.json_response({"error": {"message": f"scripted {status}"}}, status=status)
+            return web.json_response({"error": {"message": f"scripted {status}"}}, status=status, headers=headers)
         return await answer.end()
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"object": "list", "data": self.models})
+
+    async def tell(self, request: web.Request) -> web.StreamResponse:
+        """Of the cluster, or a receipt."""
+        self.asked.append(request.path)
+        document = self.cluster if request.path == "/cluster" else self.receipt
+        return web.json_response(document or {}, status=200 if document else 404)
 
 
 @asynccontextmanager
@@ -100,6 +112,8 @@ async def serve(endpoint: ScriptedEndpoint) -> AsyncIterator[ScriptedEndpoint]:
     app = web.Application()
     app.router.add_post("/v1/completions", endpoint.complete)
     app.router.add_get("/v1/models", endpoint.list_models)
+    app.router.add_get("/cluster", endpoint.tell)
+    app.router.add_get("/requests/{id}/receipt", endpoint.tell)
     runner = web.AppRunner(app, shutdown_timeout=0, access_log=None, handler_cancellation=True)
     await runner.setup()
     try:

@@ -31,7 +31,8 @@ class Recorded(Cluster):
 
     def __init__(self, path: Path, header: Header = HEADER) -> None:
         super().__init__()
-        self.conductor = Conductor(make_policies(PLACEMENT, ADMISSION), PROFILE)
+        weights = header.tenant_weights
+        self.conductor = Conductor(make_policies(PLACEMENT, ADMISSION), PROFILE, tenant_weights=weights)
         self.recorder = Recorder(path, header, 1 << 20)
         self.records: list[Record] = []
 
@@ -97,6 +98,13 @@ def test_the_part_that_a_kill_left_is_replayed(log: Path, replayed: Replay) -> N
     status, result = replayed(log)
     assert (status, result["identical"]) == (0, True)
     assert 0 < sum(result["events"].values()) < 20
+
+
+def test_what_tenants_weigh_is_recorded(tmp_path: Path, replayed: Replay) -> None:
+    weighed = Recorded(tmp_path / "log", replace(HEADER, tenant_weights={"": 4.0}))
+    live(weighed)
+    assert replayed(tmp_path / "log")[1]["identical"]
+    assert relive(HEADER, weighed.records).difference is not None
 
 
 def test_the_first_other_command_is_shown(tmp_path: Path, replayed: Replay) -> None:

@@ -16,10 +16,11 @@ def shown(report: Report) -> list[list[str]]:
 
 
 def test_the_table_shows_every_figure() -> None:
-    record = RequestRecord(Outcome.COMPLETED, 0.0, 0.001, 2.0, 100, 25, 10, ttft_s=0.25, tbt_s=0.0125)
+    record = RequestRecord(Outcome.COMPLETED, 0.0, 0.001, 2.0, 100, 25, 10, ttft_s=0.25, tbt_s=0.0125, mean_tbt_s=0.01)
     lines = shown(summarize([record, RequestRecord(Outcome.REJECTED, 0.0, 0.0, 1.0)], Slo(1.0, 0.1), unfinished=7))
     assert ["TTFT", *["250.0", "ms"] * 4] in lines
-    assert ["TBT", *["12.5", "ms"] * 4] in lines
+    assert ["TBT,", "slowest", "tenth", *["12.5", "ms"] * 4] in lines
+    assert ["TBT,", "mean", *["10.0", "ms"] * 4] in lines
     for figures in (
         ["requests", "2"],
         ["completed", "1"],

@@ -39,7 +39,7 @@ from perigee.workers.engine.sequence import Ref
 from tests.scheduler.cluster import SERVER, keys
 from tests.scheduler.test_storm import Recorded, storms
 
-HEADER = Header(PolicyNames(), CostProfile(prefill_token_s=0.1 + 0.2), "1.2.3", 1e9 + 0.125)
+HEADER = Header(PolicyNames(), CostProfile(prefill_token_s=0.1 + 0.2), "1.2.3", 1e9 + 0.125, tenant_weights={"a": 0.1})
 ADDRESS = WorkerAddress(WorkerId("p"), "unix:/p", "1")
 
 

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perigee.scheduler.commands import Dispatch
+from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.events import RequestArrived
-from perigee.scheduler.fairness import PRIORITY_BOOST_S, Ranks, Shares
+from perigee.scheduler.fairness import PRIORITY_BOOST_S, Ranks, Shares, parse_weights
 from perigee.scheduler.ids import ServerId
 from perigee.workers.engine.sequence import Ref
+from tests.scheduler.cluster import PROFILE, Cluster, keys, only
 
 
 def ask(tenant: str, priority: int = 0, age_s: float = 0.0) -> RequestArrived:
@@ -129,6 +132,36 @@ def test_weights_say_what_is_fair() -> None:
     shares.take("b", 30)
     shares.refused("b", 0.0)
     assert not shares.is_above("a", 1.0)
+
+
+def test_weights_are_read_as_they_are_said() -> None:
+    assert parse_weights(["gold=4", " free = 0.5 ", "a=b=1e-3"]) == {"gold": 4.0, "free": 0.5, "a=b": 0.001}
+    assert parse_weights([]) == {}
+
+
+@pytest.mark.parametrize("part", ["gold", "gold=", "=4", "gold=0", "gold=-1", "gold=inf", "gold=nan", "gold=much", ""])
+def test_what_is_no_weight_is_refused(part: str) -> None:
+    with pytest.raises(ValueError, match=f"{part!r}: allowed is NAME=WEIGHT, .* a finite number above 0"):
+        parse_weights([part])
+
+
+def test_a_tenant_has_one_weight() -> None:
+    with pytest.raises(ValueError, match="'gold=5': 'gold' has a weight already"):
+        parse_weights(["gold=4", "gold=5"])
+
+
+def test_a_conductor_lets_a_tenant_of_more_weight_go_first() -> None:
+    cluster = Cluster()
+    cluster.conductor = Conductor(profile=PROFILE, tenant_weights={"heavy": 10.0})
+    cluster.add_store()
+    cluster.add_worker("p0", "prefill")
+    cluster.add_worker("d0", "decode")
+    ranks = {"heavy": 0.0, "other": 0.0}
+    for index in range(3):
+        for tenant in ranks:
+            request = RequestArrived(ServerId("s"), Ref(f"{tenant}-{index}"), keys(64), 64, 8, tenant=tenant)
+            ranks[tenant] = only(cluster.hear(request), Dispatch).rank - cluster.now
+    assert 0 < ranks["heavy"] == pytest.approx(ranks["other"] / 10)
 
 
 def test_a_refusal_counts_for_a_while() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from perigee.scheduler.config import ConductorConfig, parse_policies
+from perigee.scheduler.config import ConductorConfig
 from perigee.scheduler.cost import CostProfile
 from perigee.scheduler.errors import SchedulerError
 from perigee.scheduler.events import Tick
-from perigee.scheduler.policies import PolicyNames
+from perigee.scheduler.policies import PolicyNames, parse_policies
 from perigee.scheduler.receipts import Receipt
 from perigee.scheduler.recording.files import read_lines
 from perigee.scheduler.recording.journal import Journal
@@ -50,12 +50,15 @@ async def test_without_a_file_they_are_in_the_log_at_level_debug_alone(caplog: p
 
 async def test_a_recording_begins_with_what_decided(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    config = ConductorConfig(record=path, placement="random", admission="early", balance="none")
+    config = ConductorConfig(
+        record=path, placement="random", admission="early", balance="none", tenant_weights=("gold=4",)
+    )
     async with Journal.opened(config, CostProfile(prefill_token_s=0.125)) as journal:
         journal.note(Tick(), 5.0, [])
     header, tick = (json.loads(line) for line in read_lines(path))
     assert header["policies"] == asdict(PolicyNames("random", "early", "none"))
     assert header["profile"]["prefill_token_s"] == 0.125
+    assert header["tenant_weights"] == {"gold": 4.0}
     assert tick == [5.0, ["Tick"]]
 
 
@@ -78,6 +81,7 @@ def test_a_shadow_is_named_by_its_policies() -> None:
         ("shadow", "random", "'random': allowed are placement=NAME and admission=NAME"),
         ("shadow", "placement=lucky", "placement: 'lucky': allowed are .*, random"),
         ("shadow", "", "'': allowed are placement=NAME and admission=NAME"),
+        ("tenant_weights", ("gold=0",), "tenant_weights\\n.*'gold=0': allowed is NAME=WEIGHT"),
         ("placement", "lucky", "allowed are .*, random"),
         ("admission", "maybe", "allowed are .*, early"),
     ],

@@ -44,7 +44,7 @@ def sequence(token_ids: Items[int], name: str = "r", **sampling: object) -> Sequ
 def run(engine: Engine, sequences: Items[Sequence]) -> list[list[int]]:
     """Generates all of them in one batch: the output tokens of each."""
     actives = {chunk.active.ref: chunk.active for step in _steps(engine, sequences) for chunk in step.chunks}
-    return [actives[one.ref].token_ids[one.prompt_len :] for one in sequences]
+    return [_tokens(actives[one.ref])[one.prompt_len :] for one in sequences]
 
 
 def logits(engine: Engine, sequences: Items[Sequence]) -> list[tuple[list[int], Tensor]]:
@@ -60,7 +60,7 @@ def logits(engine: Engine, sequences: Items[Sequence]) -> list[tuple[list[int], 
             actives[chunk.active.ref] = chunk.active
             hidden[chunk.active.ref].append(own)
     hook.remove()
-    return [(actives[one.ref].token_ids, model.logits(torch.cat(hidden[one.ref]))) for one in sequences]
+    return [(_tokens(actives[one.ref]), model.logits(torch.cat(hidden[one.ref]))) for one in sequences]
 
 
 def _steps(engine: Engine, sequences: Items[Sequence]) -> Iterator[StepResult]:
@@ -84,7 +84,11 @@ def run_cached(source: Engine, target: Engine, one: Sequence) -> list[int]:
     while target.step():
         pass
     target.batcher.remove(one.ref)
-    return active.token_ids[one.prompt_len :]
+    return _tokens(active)[one.prompt_len :]
+
+
+def _tokens(active: Active) -> list[int]:
+    return list(active.tokens(0, active.num_tokens))
 
 
 def prefill_payloads(engine: Engine, one: Sequence) -> list[memoryview]:

@@ -141,7 +141,7 @@ def test_the_context_ends_a_sequence() -> None:
     engine = batcher(context=6)
     (active,) = running(engine, sequence("a", 4, max_tokens=50))
     assert _generate(engine, active, [1] * 5) is FinishReason.LENGTH
-    assert len(active.token_ids) == 6
+    assert active.num_tokens == 6
 
 
 def test_what_could_never_run_is_refused_with_its_numbers() -> None:

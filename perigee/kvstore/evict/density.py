@@ -22,11 +22,10 @@ class _Tracked:
     """A block that is resident, or was less than HORIZON epochs ago. The policy owns and fills it."""
 
     key: BlockKey
-    uses: int = 0
+    uses: int = 0  # up to _MAX_USES
     has_grown: bool = False  # had a child at some time: the tail of a prompt hardly ever returns
-    epoch: int = 0  # of the last use
-    age: int = 0  # the bracket of ages that it has reached
-    klass: int = 0
+    epoch: int = -1  # of the last use
+    bracket: int = 0  # of ages that it has reached, in its class: class * NUM_AGES + age
     resident: bool = False
     partial: bool = False
     cell: int | None = None  # while it may be evicted
@@ -57,20 +56,27 @@ class HitDensity:
         self._rank_cells()
 
     def use(self, key: BlockKey, now: float, parent: BlockKey) -> None:
-        block = self._tracked.get(key)
+        tracked, returns = self._tracked, self._returns
+        block = tracked.get(key)
         if block:
-            self._returns.returned(block.klass, block.age)
+            returns.returned[block.bracket] += 1
         else:
-            block = self._tracked[key] = _Tracked(key)
+            block = tracked[key] = _Tracked(key)
         if not block.resident:
             block.resident = True
             self._count_commit()
-        block.uses += 1
-        block.epoch, block.age, block.klass = self._epoch, 0, _class_of(block)
-        self._returns.reached(block.klass, 0)
-        self._used[-1].append(block)
-        self._place_again(block)
-        self._grow(parent)
+        if block.epoch != self._epoch:
+            block.epoch = self._epoch
+            self._used[-1].append(block)
+        if block.uses < _MAX_USES:
+            block.uses += 1
+        block.bracket = (2 * block.uses - 2 + block.has_grown) * NUM_AGES
+        returns.reached[block.bracket] += 1
+        if block.cell is not None:
+            self._place_again(block)
+        above = tracked.get(parent)
+        if above and not above.has_grown:
+            self._grow(above)
 
     def allow(self, key: BlockKey, partial: bool) -> None:
         block = self._tracked[key]
@@ -79,8 +85,8 @@ class HitDensity:
 
     def forbid(self, key: BlockKey) -> None:
         block = self._tracked.get(key)
-        if block:
-            self._displace(block)
+        if block and block.cell is not None:
+            self._displace(block, block.cell)
 
     def pop(self) -> BlockKey | None:
         if not self._filled:
@@ -92,18 +98,20 @@ class HitDensity:
 
     def remove(self, key: BlockKey) -> None:
         block = self._tracked[key]
-        self._displace(block)
+        if block.cell is not None:
+            self._displace(block, block.cell)
         block.resident = False
-        if block.age == NUM_AGES - 1:
+        if block.bracket % NUM_AGES == NUM_AGES - 1:
             del self._tracked[key]
 
-    def _grow(self, key: BlockKey) -> None:
-        """The block has a child."""
-        block = self._tracked.get(key)
-        if block and not block.has_grown:
-            block.has_grown = True
-            old, block.klass = block.klass, _class_of(block)
-            self._returns.reclassed(old, block.klass, block.age)
+    def _grow(self, block: _Tracked) -> None:
+        """The block has its first child, and so turns out to be of another class."""
+        reached = self._returns.reached
+        reached[block.bracket] -= 1
+        block.has_grown = True
+        block.bracket += NUM_AGES
+        reached[block.bracket] += 1
+        if block.cell is not None:
             self._place_again(block)
 
     # ---- time ----------------------------------------------------------------------------------------------------
@@ -116,24 +124,32 @@ class HitDensity:
     def _begin_epoch(self) -> None:
         self._epoch += 1
         self._used.append([])
-        for age, start in enumerate(AGE_STARTS[1:], 1):
+        for start in AGE_STARTS[1:]:
             if start > self._epoch:
                 break
-            self._used[-1 - start] = [block for block in self._used[-1 - start] if self._has_aged(block, age)]
+            self._used[-1 - start] = self._aged(self._used[-1 - start], self._epoch - start)
+        if self._epoch >= HORIZON:
+            self._forget(self._used[-1 - HORIZON])
         if self._epoch % _EPOCHS_PER_LESSON == 0:
             self._rank_cells()
             self._returns.fade()
 
-    def _has_aged(self, block: _Tracked, age: int) -> bool:
-        """Whether the block, met where it was used, was not used since. If so, it has reached `age`."""
-        if self._epoch - block.epoch != AGE_STARTS[age] or block.age != age - 1:
-            return False
-        block.age = age
-        self._returns.reached(block.klass, age)
-        self._place_again(block)
-        if age == NUM_AGES - 1 and not block.resident:
-            del self._tracked[block.key]
-        return True
+    def _aged(self, used: list[_Tracked], epoch: int) -> list[_Tracked]:
+        """Those of the blocks used in an epoch that were not used since: they have reached the next bracket of ages."""
+        aged = [block for block in used if block.epoch == epoch]
+        reached = self._returns.reached
+        for block in aged:
+            block.bracket += 1
+            reached[block.bracket] += 1
+            if block.cell is not None:
+                self._place_again(block)
+        return aged
+
+    def _forget(self, blocks: list[_Tracked]) -> None:
+        """These have reached the last bracket. Those that were evicted are known no more."""
+        for block in blocks:
+            if not block.resident:
+                del self._tracked[block.key]
 
     # ---- cells ---------------------------------------------------------------------------------------------------
 
@@ -150,25 +166,20 @@ class HitDensity:
         self._filled = sum(1 << rank for rank, cell in enumerate(self._cell_at) if self._cells[cell])
 
     def _place(self, block: _Tracked) -> None:
-        block.cell = _PARTIAL if block.partial else block.klass * NUM_AGES + block.age
+        block.cell = _PARTIAL if block.partial else block.bracket
         self._cells[block.cell][block.key] = block
         self._filled |= 1 << self._rank[block.cell]
 
-    def _displace(self, block: _Tracked) -> None:
-        if block.cell is None:
-            return
-        cell = self._cells[block.cell]
+    def _displace(self, block: _Tracked, number: int) -> None:
+        """It is in the cell of that number."""
+        cell = self._cells[number]
         del cell[block.key]
         if not cell:
-            self._filled &= ~(1 << self._rank[block.cell])
+            self._filled &= ~(1 << self._rank[number])
         block.cell = None
 
     def _place_again(self, block: _Tracked) -> None:
-        """Its class or age has changed."""
-        if block.cell is not None:
-            self._displace(block)
-            self._place(block)
-
-
-def _class_of(block: _Tracked) -> int:
-    return 2 * (min(block.uses, _MAX_USES) - 1) + block.has_grown
+        """It may be evicted, and its class or age has changed."""
+        assert block.cell is not None
+        self._displace(block, block.cell)
+        self._place(block)

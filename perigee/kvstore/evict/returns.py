@@ -22,33 +22,26 @@ _PRIOR_HAZARD = 0.02
 
 
 class ReturnTimes:
-    """Counts, in each class, the blocks that reached a bracket of ages and those that returned within it."""
+    """Of each class and bracket of ages, how many blocks `reached` it, and how many `returned` within it.
+
+    Whoever sees blocks come and go counts into both lists, by `klass * NUM_AGES + age`.
+    """
 
     def __init__(self, num_classes: int) -> None:
-        self._reached = [[0.0] * NUM_AGES for _ in range(num_classes)]
-        self._returned = [[0.0] * NUM_AGES for _ in range(num_classes)]
-
-    def reached(self, klass: int, age: int) -> None:
-        self._reached[klass][age] += 1
-
-    def reclassed(self, old: int, new: int, age: int) -> None:
-        """A block that reached a bracket turns out to be of another class."""
-        self._reached[old][age] -= 1
-        self._reached[new][age] += 1
-
-    def returned(self, klass: int, age: int) -> None:
-        self._returned[klass][age] += 1
+        self.reached = [0.0] * (num_classes * NUM_AGES)
+        self.returned = [0.0] * (num_classes * NUM_AGES)
 
     def densities(self) -> list[list[float]]:
         """The hit density of each class and age."""
-        prior = self._hazards(_column_sums(self._returned), _column_sums(self._reached), _PRIOR)
-        counts = zip(self._returned, self._reached, strict=True)
-        return [hit_densities(self._hazards(returned, reached, prior)) for returned, reached in counts]
+        returned, reached = _by_class(self.returned), _by_class(self.reached)
+        prior = self._hazards(_column_sums(returned), _column_sums(reached), _PRIOR)
+        counts = zip(returned, reached, strict=True)
+        return [hit_densities(self._hazards(hits, blocks, prior)) for hits, blocks in counts]
 
     def fade(self) -> None:
         """Lets the past count for less."""
-        for counts in (self._reached, self._returned):
-            counts[:] = [[_DECAY * count for count in ages] for ages in counts]
+        for counts in (self.reached, self.returned):
+            counts[:] = [_DECAY * count for count in counts]
 
     @staticmethod
     def _hazards(returned: Sequence[float], reached: Sequence[float], prior: Sequence[float]) -> list[float]:
@@ -78,6 +71,10 @@ def hit_densities(hazards: Sequence[float]) -> list[float]:
         stretches.append((hits, epochs, left))
         densities.append(hits / epochs)
     return densities[::-1]
+
+
+def _by_class(counts: Sequence[float]) -> list[Sequence[float]]:
+    return [counts[first : first + NUM_AGES] for first in range(0, len(counts), NUM_AGES)]
 
 
 def _column_sums(rows: Sequence[Sequence[float]]) -> list[float]:

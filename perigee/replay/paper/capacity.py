@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from perigee.plots.page import Section, Table
-from perigee.plots.svg import Line, Plot
+from perigee.plots.svg import COLORS, DASHES, Line, Plot
 from perigee.replay.paper.clusters import NUM_NODES, VLLM, mooncake
 from perigee.replay.paper.entry import Entry, entry
 from perigee.replay.paper.experiments import Experiment
@@ -69,9 +69,10 @@ def _capacity_section(lab: Lab, entries: Sequence[Entry]) -> Section:
     systems = {"Mooncake": OURS, **{trial.cluster.name: trial for trial in THEIRS.values()}}
     plot = Plot(
         "Effective request capacity",
-        "TBT threshold in ms",
+        "TBT threshold, ms",
         "share of all requests",
-        [_curve(lab, *each) for each in systems.items()],
+        [_curve(lab, index, *each) for index, each in enumerate(systems.items())],
+        from_zero=True,
     )
     rows = [
         [f"{speed:g}×", *(f"{100 * lab[trial].capacity(TTFT_S, 0.1):.1f}%" for trial in _at(speed))] for speed in SPEEDS
@@ -85,16 +86,9 @@ def _at(speed: float) -> list[Trial]:
     return [FASTER[speed], *(FASTER_THEIRS[name, speed] for name in VLLM)]
 
 
-_COLORS = {
-    "Mooncake": "#2563eb",
-    "vLLM": "#dc2626",
-    "vLLM, prefix caching": "#d97706",
-    "vLLM, chunked prefill": "#059669",
-}
-
-
-def _curve(lab: Lab, name: str, trial: Trial) -> Line:
-    return Line(name, _COLORS[name], [(ms, lab[trial].capacity(TTFT_S, ms / 1000)) for ms in range(10, 410, 10)])
+def _curve(lab: Lab, index: int, name: str, trial: Trial) -> Line:
+    points = [(ms, lab[trial].capacity(TTFT_S, ms / 1000)) for ms in range(10, 410, 10)]
+    return Line(name, COLORS[index], points, DASHES[index])
 
 
 def _split_section(lab: Lab, entries: Sequence[Entry]) -> Section:

@@ -16,11 +16,13 @@ class Clock:
 
     def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """Plans an action. What is planned for the past happens now."""
-        heapq.heappush(self._heap, (max(time_s, self.now), next(self._tickets), action, arguments))
+        if time_s < self.now:
+            time_s = self.now
+        heapq.heappush(self._heap, (time_s, next(self._tickets), action, arguments))
 
     def run(self) -> None:
         """Until nothing more is to happen."""
-        heap = self._heap
+        heap, pop = self._heap, heapq.heappop
         while heap:
-            self.now, _, action, arguments = heapq.heappop(heap)
+            self.now, _, action, arguments = pop(heap)
             action(*arguments)

@@ -12,7 +12,7 @@ from perigee.replay.errors import ClusterError
 from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
 from perigee.scheduler.cost.hardware import HARDWARE
 from perigee.scheduler.cost.model_shape import MODELS
-from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS
+from perigee.scheduler.policies import ADMISSIONS, BALANCES, PLACEMENTS, parse_policies
 
 Role = Literal["prefill", "decode", "mixed"]
 PrefixCache = Literal["global", "local", "none"]
@@ -80,6 +80,9 @@ class Cluster(BaseModel, frozen=True, extra="forbid"):
     placement: str = Field(default="perigee", description="the Conductor's policy")
     admission: str = Field(default="perigee", description="the Conductor's policy")
     balance: str = Field(default="none", description="the Conductor's policy")
+    shadow: str | None = Field(
+        default=None, description="policies that are asked as well and not obeyed: placement=NAME,admission=NAME"
+    )
     role_hold_s: Positive = Field(default=DEFAULT_HOLD_S, description="how long one pool must need the other's worker")
     max_tokens: Count | None = Field(
         default=None, description="what clients say an answer may come to [default: what it comes to]"
@@ -97,6 +100,13 @@ class Cluster(BaseModel, frozen=True, extra="forbid"):
         if block_tokens & (block_tokens - 1):
             raise ValueError(f"is {block_tokens}, allowed are powers of two")
         return block_tokens
+
+    @field_validator("shadow")
+    @classmethod
+    def _policies(cls, shadow: str | None) -> str | None:
+        if shadow is not None:
+            parse_policies(shadow)
+        return shadow
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -26,6 +26,11 @@ class SimulateConfig(BaseModel, frozen=True, extra="forbid"):
     placement: str | None = Field(default=None, description="placement policy [default: the cluster's]")
     admission: str | None = Field(default=None, description="admission policy [default: the cluster's]")
     balance: str | None = Field(default=None, description="balance policy [default: the cluster's]")
+    shadow: str | None = Field(
+        default=None,
+        description="policies to ask as well, without obeying them, such as placement=random,admission=early"
+        " [default: the cluster's]",
+    )
     limit: int | None = Field(default=None, ge=1, description="only the first so many requests")
     speed: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how many times as fast requests arrive")
     length_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="factor on all lengths")
@@ -66,7 +71,8 @@ def run(config: SimulateConfig) -> int:
         "speed": f"{config.speed:g}",
     }
     title = f"Simulation of {config.trace.name} on {cluster.name}"
-    write_run(Run(title, about, report, simulated.records, simulated.samples), config.json_file, config.html)
+    ran = Run(title, about, report, simulated.records, simulated.samples, simulated.shadow)
+    write_run(ran, config.json_file, config.html)
     logger.info("simulation ended requests=%d virtual_s=%.1f", report.requests, report.duration_s)
     return 1 if report.failed else 0
 
@@ -75,7 +81,7 @@ def _cluster(config: SimulateConfig) -> Cluster:
     """The file's cluster, with what flags say otherwise."""
     said: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("placement", "admission", "balance", "slo_ttft_s", "slo_tbt_s", "seed")
+        for name in ("placement", "admission", "balance", "shadow", "slo_ttft_s", "slo_tbt_s", "seed")
         if getattr(config, name) is not None
     }
     return changed(read_cluster(config.cluster), **said)

@@ -169,7 +169,7 @@ class Engine:
         """Until it ends, or has filled a block."""
         page_tokens = self.batcher.pool.page_tokens
         to_end = min(
-            self.output_tokens[active.ref] - active.num_outputs, self.batcher.limits.max_context - len(active.token_ids)
+            self.output_tokens[active.ref] - active.num_outputs, self.batcher.limits.max_context - active.num_tokens
         )
         return max(1, min(to_end, page_tokens - active.computed % page_tokens))
 

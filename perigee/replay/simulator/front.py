@@ -8,7 +8,7 @@ from perigee.replay.keys import output_keys
 from perigee.replay.metrics import NOTHING_CACHED, CachedByTier, Outcome, RequestRecord, tail_tbt_of_runs
 from perigee.replay.simulator.clock import Clock
 from perigee.replay.simulator.control import Control
-from perigee.replay.simulator.engine import END, TOKEN
+from perigee.replay.simulator.engine import END
 from perigee.replay.simulator.legs import FirstToken, Gaps
 from perigee.replay.simulator.worker import Worker
 from perigee.scheduler.commands import Dispatch, Proceed, Reject
@@ -38,10 +38,10 @@ class Ask:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """What has come of a request so far."""
+    """What has come of a request so far, in all attempts up to `ref`."""
 
     ask: Ask
-    attempt: int = 0
+    ref: Ref
     prefill: Worker | None = None
     decode: Worker | None = None
     tokens: int = 0
@@ -51,9 +51,8 @@ class Flight:
     gaps: list[Gaps] = field(default_factory=list)
     plan: Dispatch | None = None  # of the last attempt
 
-    @property
-    def ref(self) -> Ref:
-        return Ref(self.ask.request_id, 0, self.attempt)
+    def try_again(self) -> None:
+        self.ref = replace(self.ref, attempt=self.ref.attempt + 1)
 
     @property
     def mean_tbt_s(self) -> float:
@@ -71,7 +70,7 @@ class FrontEnd:
         self.flights: dict[str, Flight] = {}
 
     def arrive(self, ask: Ask) -> None:
-        flight = self.flights[ask.request_id] = Flight(ask)
+        flight = self.flights[ask.request_id] = Flight(ask, Ref(ask.request_id))
         self._place(flight)
 
     # ---- what the Conductor says -----------------------------------------------------------------------------------
@@ -97,18 +96,18 @@ class FrontEnd:
                 self._rejected(flight, command, "at arrival")
 
     def _dispatch(self, flight: Flight, sequence: Sequence, plan: Dispatch) -> None:
-        attempt, output_tokens = flight.attempt, flight.ask.output_tokens
+        ref, output_tokens = flight.ref, flight.ask.output_tokens
         flight.plan = plan
         flight.prefill = self._control.workers[plan.prefill.id]
         flight.decode = self._control.workers[plan.decode.id]
         flight.prefill.start(sequence, plan.prefill_source, plan.rank, output_tokens)
         is_coupled = flight.prefill is flight.decode or flight.ask.max_tokens - flight.tokens == 1
-        if not is_coupled and flight.attempt == attempt:
+        if not is_coupled and flight.ref == ref:
             flight.decode.prepare(sequence, plan.decode_source, plan.rank, output_tokens)
 
     def _rejected(self, flight: Flight, command: Reject, stage: str) -> None:
         if flight.tokens:  # the client was promised an answer: it waits for room
-            flight.attempt += 1
+            flight.try_again()
             self._clock.at(self._clock.now + max(0.05, command.retry_after_s), self._place, flight)
             return
         record = self._record(flight, Outcome.REJECTED)
@@ -171,8 +170,8 @@ class FrontEnd:
             return
         self._end_legs(flight)
         self._control.tell(Failed(SERVER, ref, WorkerId(worker.name), code))
-        flight.attempt += 1
-        if flight.attempt < MAX_ATTEMPTS and code != "invalid":
+        flight.try_again()
+        if flight.ref.attempt < MAX_ATTEMPTS and code != "invalid":
             self._clock.at(self._clock.now, self._place, flight)
         else:
             self._close(flight, replace(self._record(flight, Outcome.FAILED), failure=code, detail=worker.name))
@@ -218,12 +217,12 @@ class FrontEnd:
         )
 
     def _sequence(self, flight: Flight) -> Sequence:
-        """The prompt and all tokens received so far."""
+        """The prompt and all tokens received so far. Nobody asks what they are, so they are numbers in a row."""
         ask, tokens = flight.ask, flight.tokens
         length = ask.prompt_len + tokens
         return Sequence(
             flight.ref,
-            (TOKEN,) * length,
+            range(length),
             ask.prompt_len,
             output_keys(ask.prompt_keys, ask.request_id, ask.prompt_len, length, self._block_tokens),
             Sampling(max_tokens=ask.max_tokens, stop_token_ids=(END,)),

@@ -32,13 +32,14 @@ class FirstToken:
 
 @dataclass(slots=True, eq=False)
 class Leg:
-    """The worker fills it. `hands_over` where another worker decodes."""
+    """The worker fills it. `hands_over` where another worker decodes; `is_over` once the worker has forgotten it."""
 
     sequence: Sequence
     source: str
     output_tokens: int
     arrived_at: float
     hands_over: bool = False
+    is_over: bool = False
     active: Active | None = None
     group: GroupId | None = None
     # Prefill, until its first token is out.

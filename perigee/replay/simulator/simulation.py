@@ -12,6 +12,7 @@ from perigee.kvstore.store import Store
 from perigee.replay.keys import ROOT, PromptKeys
 from perigee.replay.metrics import RequestRecord, Slo
 from perigee.replay.series import Sample
+from perigee.replay.shadow_report import Judged, SecondChecks, ShadowReport, compare
 from perigee.replay.simulator.clock import Clock
 from perigee.replay.simulator.cluster import Cluster, NodeGroup
 from perigee.replay.simulator.control import Control
@@ -24,7 +25,8 @@ from perigee.replay.simulator.sampler import Sampler
 from perigee.replay.simulator.worker import Habits, Worker
 from perigee.replay.trace import TraceRequest
 from perigee.scheduler.conductor import Conductor
-from perigee.scheduler.policies import make_policies
+from perigee.scheduler.policies import PolicyNames, make_policies, parse_policies
+from perigee.scheduler.shadow import Shadow
 from perigee.scheduler.slo import Slo as Promise
 from perigee.workers.engine.batcher import Batcher, BatchLimits
 from perigee.workers.engine.pages import PagePool
@@ -33,10 +35,13 @@ from perigee.workers.messages import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What came of each request, in order of their ends, and samples of every second."""
+    """What came of each request, in order of their ends, samples of every second, and what the cluster's shadow would
+    have done, if it has one.
+    """
 
     records: tuple[RequestRecord, ...]
     samples: tuple[Sample, ...]
+    shadow: ShadowReport | None = None
 
 
 class Simulation:
@@ -52,7 +57,8 @@ class Simulation:
         self.records: list[RequestRecord] = []
         machine = machine_of(cluster)
         policies = make_policies(cluster.placement, cluster.admission, cluster.balance, cluster.role_hold_s)
-        conductor = Conductor(policies, machine.profile)
+        self._judged: list[Judged] = []
+        conductor = Conductor(policies, machine.profile, self._shadow())
         self.control = Control(self.clock, conductor, _card(cluster), cluster.report_s)
         self.front = FrontEnd(self.clock, self.control, cluster.block_tokens, self._ended)
         self.sampler = Sampler(self.clock, self.control, self.front, Slo(cluster.slo_ttft_s, cluster.slo_tbt_s))
@@ -72,7 +78,7 @@ class Simulation:
         for index, request in enumerate(trace):
             self.clock.at(request.arrival_s, self.front.arrive, _ask(self.cluster, index, request, keys.of(request)))
         self.clock.run()
-        return Simulated(tuple(self.records), tuple(self.sampler.samples))
+        return Simulated(tuple(self.records), tuple(self.sampler.samples), self._shadow_report())
 
     def _ended(self, record: RequestRecord) -> None:
         self.records.append(record)
@@ -84,7 +90,21 @@ class Simulation:
             self.control.close()
             self.sampler.close()
 
+    def _shadow_report(self) -> ShadowReport | None:
+        shadow = self.control.conductor.shadow
+        if shadow is None:
+            return None
+        acting = PolicyNames(self.cluster.placement, self.cluster.admission)
+        return compare(acting, shadow.policies.names, self._judged, SecondChecks.of(shadow.tally))
+
     # ---- building --------------------------------------------------------------------------------------------------
+
+    def _shadow(self) -> Shadow | None:
+        if self.cluster.shadow is None:
+            return None
+        names = parse_policies(self.cluster.shadow)
+        policies = make_policies(names.placement, names.admission)
+        return Shadow(policies, lambda ours, theirs: self._judged.append((ours, theirs)))
 
     def _add_node(self, size: NodeSize) -> Node:
         cluster, nodes = self.cluster, self.control.nodes

@@ -105,6 +105,7 @@ class Worker:
         leg = self._legs.pop(ref, None)
         if leg is None:
             return
+        leg.is_over = True
         if leg.active is None or ref in self.engine.batcher.active:
             self.engine.remove(ref)
         if leg.group:
@@ -165,7 +166,7 @@ class Worker:
             if self._habits.caches:
                 self._save(leg, chunk, steps)
         for leg, chunk in legs:
-            if chunk.samples and self._is_here(leg):
+            if chunk.samples and not leg.is_over:
                 (self._first_token if leg.prefills else self._tokens)(leg, chunk.active, steps)
         self._changed(self)
 
@@ -210,7 +211,7 @@ class Worker:
             self._acquire(leg)
 
     def _pulled(self, leg: Leg, result: Result) -> None:
-        if not self._is_here(leg):
+        if leg.is_over:
             return
         if not isinstance(result, Fetched):
             self._acquire(leg)
@@ -226,7 +227,7 @@ class Worker:
         self.node.acquire(leg.group, keys, ROOT, habits.store_wait_s, partial(self._acquired, leg))
 
     def _acquired(self, leg: Leg, result: Result) -> None:
-        if not self._is_here(leg):
+        if leg.is_over:
             return
         if not isinstance(result, Acquired):
             self._fail(leg, "no_room")
@@ -243,7 +244,7 @@ class Worker:
             self.engine.copy(self._habits.profile.load_s(tokens), partial(self._loaded_prefix, leg, tokens))
 
     def _loaded_prefix(self, leg: Leg, tokens: int) -> None:
-        if self._is_here(leg):
+        if not leg.is_over:
             assert leg.active is not None
             leg.load_s = self._clock.now - leg.load_began_at
             self.engine.ready(leg.active, tokens)
@@ -298,7 +299,7 @@ class Worker:
         self.node.fetch(leg.group, keys, habits.store_wait_s, leg.source, ROOT, partial(self._fetched, leg))
 
     def _fetched(self, leg: Leg, result: Result) -> None:
-        if not self._is_here(leg):
+        if leg.is_over:
             return
         if not isinstance(result, Fetched) or result.missing:
             self._fail(leg, "blocks_missing")
@@ -319,7 +320,7 @@ class Worker:
             self.engine.copy(self._habits.profile.load_s(tokens), then)
 
     def _loaded(self, leg: Leg) -> None:
-        if self._is_here(leg):
+        if not leg.is_over:
             leg.loads -= 1
             self._join_if_loaded(leg)
 
@@ -348,9 +349,6 @@ class Worker:
             return
         self.engine.add(leg.sequence, one_token=leg.hands_over, rank=rank, output_tokens=leg.output_tokens)
         self._changed(self)
-
-    def _is_here(self, leg: Leg) -> bool:
-        return self._legs.get(leg.ref) is leg
 
     def _fail(self, leg: Leg, code: str) -> None:
         self.end(leg.ref)

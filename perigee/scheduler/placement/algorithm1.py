@@ -30,14 +30,16 @@ class Algorithm1:
         self._price = price
 
     def place(self, view: ClusterView, pools: Pools, request: RequestArrived, now: float) -> Plan:
-        prompt, rows = Prompt(view, request, now), pools.prefiller_rows
-        options = PrefillOptions(prompt, self._fetch)
+        prompt, rows = Prompt(view, request, self._fetch, now), pools.prefiller_rows
+        options = PrefillOptions(prompt, view.ranks.preview(request), now)
         weight = 1.0 + self._price * len(view.fleet.work) / len(rows)
-        prefill = Candidates(rows, (prompt.queue_s + weight * options.work_s())[rows])
+        prefill = Candidates(rows, (options.queue_s + weight * options.work_s())[rows])
         first = least_recent(view.fleet, prefill.near())
-        decoders = decode_candidates(view, pools, request, first).near()
+        step_s = view.fleet.step_s(view.demand(request))
+        decoders = decode_candidates(pools, step_s, first).near()
         second = _nearest(prompt, decoders, first)
-        return make_plan(view, request, options, (first, second), (prefill.others(first), others(decoders, second)))
+        considered = prefill.others(first), others(decoders, second)
+        return make_plan(view, request, options, step_s, (first, second), considered)
 
 
 def _nearest(prompt: Prompt, good: Rows, prefill_row: int) -> int:
@@ -45,12 +47,12 @@ def _nearest(prompt: Prompt, good: Rows, prefill_row: int) -> int:
     that holds the most already, be it from the conversation's last turn.
     """
     fleet = prompt.view.fleet
-    holders = [1 << int(fleet.node_numbers[prefill_row]), *reversed(prompt.held.groups.values())]
     is_good = np.zeros(len(fleet.workers), np.bool_)
     is_good[good] = True
-    for nodes in holders:
-        if nodes.bit_count() <= _FEW:
-            rows = [row for number in positions(nodes) for row in fleet.rows_at.get(number, ()) if is_good[row]]
-            if rows:
-                return least_recent(fleet, np.array(rows))
+    here = [fleet.node_numbers.item(prefill_row)]
+    few = [nodes for nodes in reversed(prompt.held.groups.values()) if nodes.bit_count() <= _FEW]
+    for numbers in (here, *map(positions, few)):
+        rows = [row for number in numbers for row in fleet.rows_at.get(number, ()) if is_good[row]]
+        if rows:
+            return min(rows, key=fleet.last_chosen.item)
     return least_recent(fleet, good)

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from perigee.scheduler.events import RequestArrived
+from perigee.scheduler.fleet import Floats
 from perigee.scheduler.placement.candidates import Candidates
 from perigee.scheduler.placement.prefill import PrefillOptions
 from perigee.scheduler.plan import DecodeEstimate, Plan
@@ -18,28 +19,25 @@ class Placement(Protocol):
         ...
 
 
-def decode_candidates(view: ClusterView, pools: Pools, request: RequestArrived, prefill_row: int) -> Candidates:
-    """Who may decode what was prefilled there, by predicted TBT."""
-    rows = pools.decoder_rows_after(view.fleet.worker(prefill_row))
-    return Candidates(rows, view.fleet.step_s(view.demand(request))[rows])
-
-
-def decode_estimate(view: ClusterView, request: RequestArrived, row: int) -> DecodeEstimate:
-    """What decoding comes to on one worker."""
-    worker = view.fleet.worker(row)
-    return DecodeEstimate(worker, worker.step_s(view.demand(request)))
+def decode_candidates(pools: Pools, step_s: Floats, prefill_row: int) -> Candidates:
+    """Who may decode what was prefilled there, by predicted TBT: `step_s`, by row of the fleet."""
+    rows = pools.decoder_rows_after(pools.fleet.worker(prefill_row))
+    return Candidates(rows, step_s[rows])
 
 
 def make_plan(
     view: ClusterView,
     request: RequestArrived,
     options: PrefillOptions,
+    step_s: Floats,
     chosen: tuple[int, int],
     considered: tuple[list[int], list[int]],
 ) -> Plan:
     """The plan for the rows `chosen` for the two phases, with others that were `considered`."""
-    first = options.estimate(chosen[0])
-    second = decode_estimate(view, request, chosen[1])
+    workers = view.fleet.worker
+    estimate = options.prompt.estimate
+    first = estimate(options.spot(chosen[0]))
+    second = DecodeEstimate(workers(chosen[1]), step_s.item(chosen[1]))
     store = first.worker.store
     return Plan(
         prefill=first,
@@ -47,6 +45,7 @@ def make_plan(
         ttft_s=request.age_s + view.costs.handling.seconds + first.seconds,
         tbt_s=second.seconds,
         decode_source=store if second.worker.store != store else "",
-        considered=tuple(options.estimate(row) for row in considered[0]),
-        considered_decode=tuple(decode_estimate(view, request, row) for row in considered[1]),
+        others=tuple([options.spot(row) for row in considered[0]]),
+        estimate=estimate,
+        considered_decode=tuple([DecodeEstimate(workers(row), step_s.item(row)) for row in considered[1]]),
     )

@@ -52,11 +52,12 @@ class LeastLoaded:
 
 
 def _plan(view: ClusterView, pools: Pools, request: RequestArrived, chosen: tuple[int, int], now: float) -> Plan:
-    prompt, rows = Prompt(view, request, now), pools.prefiller_rows
-    options = PrefillOptions(prompt, NoFetch())
-    prefill = Candidates(rows, (prompt.queue_s + options.work_s())[rows])
-    decode = decode_candidates(view, pools, request, chosen[0])
-    return make_plan(view, request, options, chosen, (prefill.others(chosen[0]), decode.others(chosen[1])))
+    prompt, rows = Prompt(view, request, NoFetch(), now), pools.prefiller_rows
+    options = PrefillOptions(prompt, view.ranks.preview(request), now)
+    prefill = Candidates(rows, (options.queue_s + options.work_s())[rows])
+    step_s = view.fleet.step_s(view.demand(request))
+    considered = prefill.others(chosen[0]), decode_candidates(pools, step_s, chosen[0]).others(chosen[1])
+    return make_plan(view, request, options, step_s, chosen, considered)
 
 
 def _draw(rows: Rows, request: RequestArrived, phase: str) -> int:

@@ -23,17 +23,17 @@ class Candidates:
 
     def near(self) -> Rows:
         """Those whose score is as good as the lowest."""
-        good: Rows = self.rows[self.scores <= NEAR * self.scores[self.scores.argmin()]]
+        good: Rows = self.rows[self.scores <= NEAR * self.scores.item(self.scores.argmin())]
         return good
 
     def others(self, chosen: int) -> list[int]:
         """The best few rows beside the chosen one, the best first."""
-        rows, scores = self.rows, self.scores
-        if len(rows) > _MAX_OTHERS + 1:
-            few = np.argpartition(scores, _MAX_OTHERS)[: _MAX_OTHERS + 1]
-            rows, scores = rows[few], scores[few]
-        ranked = sorted(zip(scores.tolist(), rows.tolist(), strict=True))
-        return [row for _, row in ranked if row != chosen][:_MAX_OTHERS]
+        scores, best = self.scores.copy(), []
+        for _ in range(min(len(scores), _MAX_OTHERS + 1)):
+            index = scores.argmin()
+            scores[index] = np.inf
+            best.append(self.rows.item(index))
+        return [row for row in best if row != chosen][:_MAX_OTHERS]
 
 
 def others(rows: Rows, chosen: int) -> list[int]:
@@ -43,4 +43,4 @@ def others(rows: Rows, chosen: int) -> list[int]:
 
 def least_recent(fleet: Fleet, rows: Rows) -> int:
     """Of these rows that whose worker was chosen least recently; the first of several."""
-    return int(rows[fleet.last_chosen[rows].argmin()])
+    return rows.item(fleet.last_chosen[rows].argmin())

@@ -11,7 +11,7 @@ consecutive numbers, which is what a known prefix is. Both sides forget all numb
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
@@ -39,6 +39,7 @@ class Header:
     code_version: str
     unix_offset_s: float = 0.0
     role_hold_s: float = DEFAULT_HOLD_S
+    tenant_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ def _header(described: dict[str, Any]) -> Header:
             str(described["code_version"]),
             float(described["unix_offset_s"]),
             float(described.get("role_hold_s", DEFAULT_HOLD_S)),
+            {str(tenant): float(weight) for tenant, weight in described.get("tenant_weights", {}).items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidRecording(f"line 1: other code than this has recorded it: {error}") from error

@@ -42,7 +42,7 @@ class Journal:
     async def opened(cls, config: ConductorConfig, profile: CostProfile) -> AsyncIterator["Journal"]:
         """As `config` says, written to its end when the context is left. Raises SchedulerError."""
         unix_offset_s = time.time() - asyncio.get_running_loop().time()
-        header = Header(config.policies, profile, version("perigee"), unix_offset_s, config.role_hold_s)
+        header = Header(config.policies, profile, version("perigee"), unix_offset_s, config.role_hold_s, config.weights)
         with _receipts_to(config.receipts_file) if config.receipts_file else nullcontext():
             if config.record is None:
                 yield cls(unix_offset_s)

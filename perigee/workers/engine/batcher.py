@@ -10,7 +10,8 @@ for being small: whoever is first in the queue gets the next pages, however long
 
 import itertools
 from bisect import insort
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from perigee.kvstore.blocks import num_blocks
@@ -58,12 +59,16 @@ class Queued:
 
 @dataclass(slots=True, eq=False)
 class Active:
-    """A sequence that holds pages. The batcher fills every field; only `schedule`, `apply` and `ready` change them."""
+    """A sequence that holds pages. Only the batcher fills and changes its fields.
+
+    `outputs` are the tokens that were sampled here, after those of `sequence`.
+    """
 
     sequence: Sequence
     pages: PageTable
     one_token: bool  # prefill's part: ends with its first token
-    token_ids: list[int]
+    num_tokens: int
+    outputs: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose KVCache is in the pages
     is_ready: bool = False
     finish_reason: FinishReason = FinishReason.NOT_FINISHED
@@ -74,19 +79,27 @@ class Active:
     def ref(self) -> Ref:
         return self.sequence.ref
 
+    def tokens(self, start: int, stop: int) -> abc.Sequence[int]:
+        """Those of the positions from `start` up to `stop`."""
+        given = self.sequence.token_ids
+        if stop <= len(given):
+            return given[start:stop]
+        return [*given[start:], *self.outputs[max(0, start - len(given)) : stop - len(given)]]
+
     @property
     def is_decoding(self) -> bool:
         """Whether all but its last token are in the pages, so that each step brings it one further."""
-        return len(self.token_ids) - self.computed == 1
+        return self.num_tokens - self.computed == 1
 
     @property
     def prompt_tokens_left(self) -> int:
         """Tokens to compute before it decodes."""
-        return 0 if self.is_decoding else len(self.token_ids) - self.computed
+        left = self.num_tokens - self.computed
+        return 0 if left == 1 else left
 
     @property
     def num_outputs(self) -> int:
-        return len(self.token_ids) - self.sequence.prompt_len
+        return self.num_tokens - self.sequence.prompt_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +186,21 @@ class Batcher:
             if pages is None:
                 break
             del self.waiting[0]
-            active = Active(sequence, pages, queued.one_token, list(sequence.token_ids), turn=queued.turn)
+            active = Active(sequence, pages, queued.one_token, len(sequence.token_ids), turn=queued.turn)
             self.active[sequence.ref] = active
             admitted.append(active)
         return admitted
 
     def ready(self, active: Active, num_loaded: int) -> None:
         """The first `num_loaded` tokens are in the pages. The last token is always computed: its logits are wanted."""
-        active.cached = active.computed = min(num_loaded, len(active.token_ids) - 1)
+        active.cached = active.computed = min(num_loaded, active.num_tokens - 1)
         active.is_ready = True
 
     def extend(self, active: Active, sequence: Sequence) -> None:
         """Takes the place of what was prepared: the same sequence, with the tokens that were sampled since."""
         active.sequence = sequence
-        active.token_ids = list(sequence.token_ids)
+        active.num_tokens = len(sequence.token_ids)
+        active.outputs = []
 
     def remove(self, ref: Ref) -> None:
         """Forgets a sequence wherever it stands, and frees its pages. Does nothing if it is not known."""
@@ -206,7 +220,7 @@ class Batcher:
         chunks: list[Chunk] = []
         budget, prompt_tokens = self.limits.max_batched_tokens, 0
         for active in sorted(ready, key=_prompts_last_by_turn):
-            remaining = len(active.token_ids) - active.computed
+            remaining = active.num_tokens - active.computed
             length = min(remaining, budget)
             if prompt_tokens and prompt_tokens + length > self.limits.shared_prompt_tokens:
                 break
@@ -225,7 +239,8 @@ class Batcher:
             active.computed = chunk.stop
             if chunk.samples:
                 token = next(sampled)
-                active.token_ids.append(token.token)
+                active.num_tokens += 1
+                active.outputs.append(token.token)
                 active.finish_reason = self._finish_reason(active, token.token)
                 active.is_ready = not active.one_token
                 outputs.append(Output(active, active.num_outputs - 1, token))
@@ -237,7 +252,8 @@ class Batcher:
         """
         for chunk in chunks:
             chunk.active.computed += steps
-            chunk.active.token_ids += [token] * steps
+            chunk.active.num_tokens += steps
+            chunk.active.outputs += [token] * steps
         return [Chunk(chunk.active, chunk.start + steps, 1, samples=True) for chunk in chunks]
 
     @property
@@ -262,7 +278,7 @@ class Batcher:
         is_end = token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos)
         if is_end and active.num_outputs > sampling.min_tokens:
             return FinishReason.STOP
-        if active.num_outputs >= sampling.max_tokens or len(active.token_ids) >= self.limits.max_context:
+        if active.num_outputs >= sampling.max_tokens or active.num_tokens >= self.limits.max_context:
             return FinishReason.LENGTH
         return FinishReason.NOT_FINISHED
 

@@ -73,7 +73,7 @@ class Engine:
         while self.step():
             pass
         self.batcher.remove(sequence.ref)
-        return active.token_ids[len(sequence.token_ids) :]
+        return active.outputs
 
     def load_blocks(self, active: Active, blocks: Iterable[tuple[int, memoryview]]) -> int:
         """Copies payloads into the pages of the blocks with these indices; returns how many tokens they hold."""

@@ -55,8 +55,8 @@ class PagePool:
         return PageTable(tuple(pages), self.page_tokens)
 
     def free(self, table: PageTable) -> None:
-        for page in table.pages:
-            self._give_back(page)
+        for first, length in _runs(table.pages):
+            self._give_back(first, length)
         self.num_free += len(table.pages)
 
     def _take(self, wanted: int) -> range:
@@ -69,16 +69,27 @@ class PagePool:
             insort(self._runs, (first + taken, length - taken))
         return range(first, first + taken)
 
-    def _give_back(self, page: int) -> None:
-        index = bisect_left(self._runs, (page, 0))
-        length = 1
-        if index < len(self._runs) and self._runs[index][0] == page + 1:
+    def _give_back(self, first: int, length: int) -> None:
+        index = bisect_left(self._runs, (first, 0))
+        if index < len(self._runs) and self._runs[index][0] == first + length:
             length += self._runs.pop(index)[1]
-        if index > 0 and sum(self._runs[index - 1]) == page:
-            page, before = self._runs.pop(index - 1)
+        if index > 0 and sum(self._runs[index - 1]) == first:
+            first, before = self._runs.pop(index - 1)
             length += before
             index -= 1
-        self._runs.insert(index, (page, length))
+        self._runs.insert(index, (first, length))
+
+
+def _runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Consecutive pages together: (first, length) of each run."""
+    runs: list[tuple[int, int]] = []
+    first = stop = pages[0]
+    for page in pages:
+        if page != stop:
+            runs.append((first, stop - first))
+            first = page
+        stop = page + 1
+    return [*runs, (first, stop - first)]
 
 
 def _length(run: tuple[int, int]) -> int:

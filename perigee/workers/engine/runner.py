@@ -22,7 +22,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Token]:
         """Computes the chunks and samples a token for each that reaches its sequence's end, in their order."""
-        token_ids = torch.tensor([t for c in chunks for t in c.active.token_ids[c.start : c.stop]])
+        token_ids = torch.tensor([t for c in chunks for t in c.active.tokens(c.start, c.stop)])
         hidden = self.model(token_ids, self._batch(chunks), self.pool)
         ends = _sampled_rows(chunks)
         if not ends:
@@ -49,7 +49,7 @@ class Runner:
 
     def _draw(self, active: Active) -> Draw:
         sequence = active.sequence
-        outputs = active.token_ids[sequence.prompt_len :]
+        outputs = list(active.tokens(sequence.prompt_len, active.num_tokens))
         return Draw(sequence.sampling, sequence.seed, sequence.draw, outputs, self.eos_token_ids)
 
 

@@ -1,5 +1,6 @@
 """What prefill and decode both start from: one attempt at one choice of a request."""
 
+from collections import abc
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -13,6 +14,9 @@ class Ref:
     request_id: str
     choice: int = 0
     attempt: int = 0
+
+    def __hash__(self) -> int:
+        return hash(self.request_id)  # which there is one of for nearly every attempt
 
     def __str__(self) -> str:
         return f"{self.request_id}/{self.choice}#{self.attempt}"
@@ -54,7 +58,7 @@ class Sequence:
     """
 
     ref: Ref
-    token_ids: tuple[int, ...]
+    token_ids: abc.Sequence[int]
     prompt_len: int
     block_keys: tuple[BlockKey, ...]
     sampling: Sampling = field(default_factory=Sampling)

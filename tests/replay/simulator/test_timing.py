@@ -42,7 +42,7 @@ def test_advancing_by_n_steps_is_n_single_steps(lengths: list[int], steps: int) 
 
 
 def _state(active: Active) -> tuple[object, ...]:
-    return active.ref, active.computed, active.token_ids, active.is_ready, active.finish_reason
+    return active.ref, active.computed, active.outputs, active.is_ready, active.finish_reason
 
 
 def _place(chunk: Chunk) -> tuple[object, ...]:

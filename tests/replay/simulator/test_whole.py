@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from perigee.kvstore.blocks import num_blocks
+from perigee.replay.errors import ClusterError
 from perigee.replay.metrics import Outcome, Slo, summarize
 from perigee.replay.report import Run
-from perigee.replay.simulator.cluster import Cluster
+from perigee.replay.simulator.cluster import Cluster, changed
 from perigee.replay.simulator.simulation import Simulated, Simulation, simulate
 from perigee.replay.simulator.worker import INCARNATION
 from perigee.replay.trace import TraceRequest
@@ -117,3 +118,29 @@ def test_a_worker_changes_pools_when_nothing_is_on_it(tmp_path: Path) -> None:
     assert all(record.outcome is Outcome.COMPLETED for record in simulated.records)
     view = simulation.control.conductor.view.workers[WorkerId("prefill-1")]
     assert view.report is not None and view.report.role == "decode"
+
+
+def test_a_shadow_is_compared_and_changes_nothing(tmp_path: Path) -> None:
+    trace, alone = busy_trace(), made("apart", tmp_path, "perigee")
+    watched = changed(alone, shadow="placement=random,admission=none")
+    simulated = simulate(trace, watched)
+    assert simulated.records == simulate(trace, alone).records
+    report = simulated.shadow
+    assert report is not None
+    assert (report.acting.admission, report.shadow.placement, report.shadow.rejected) == ("perigee", "random", 0)
+    assert report.decisions >= len(trace)
+    assert 0 < report.placed_elsewhere < report.both_served == report.acting.served
+    assert report.second.checks == sum(record.outcome is Outcome.COMPLETED for record in simulated.records)
+
+
+def test_a_shadow_of_the_same_policies_would_have_done_the_same(tmp_path: Path) -> None:
+    same = changed(made("apart", tmp_path, "perigee"), shadow="placement=perigee,admission=perigee")
+    report = simulate(busy_trace(), same).shadow
+    assert report is not None
+    assert (report.placed_elsewhere, report.rejections_made, report.rejections_avoided) == (0, 0, 0)
+    assert report.acting == report.shadow
+
+
+def test_a_shadow_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"shadow: placement: 'lucky': allowed are .*, random"):
+        changed(made("apart", tmp_path, "none"), shadow="placement=lucky")
