@@ -67,7 +67,12 @@ class HotPrefixes:
         hot = self._hot.get(last)
         if hot is None:
             if len(self._hot) >= _MOST:
-                self._hot = {each.keys[-1]: each for each in self.hottest(_MOST // 2, now)}
+                self._forget_colder_half(now)
             self._hot[last] = HotPrefix(keys[:count], lost_s, now)
         else:
             hot.lost_s, hot.at = hot.lately_s(now) + lost_s, now
+
+    def _forget_colder_half(self, now: float) -> None:
+        lately_s = [hot.lately_s(now) for hot in self._hot.values()]
+        median_s = sorted(lately_s)[len(lately_s) // 2]
+        self._hot = {last: hot for (last, hot), s in zip(self._hot.items(), lately_s, strict=True) if s > median_s}

@@ -115,11 +115,19 @@ class Host:
             await session.end_saves()
             await self.thread.remove(session.ref)
 
-    async def load(self, active: Active, blocks: Iterable[LeasedBlock]) -> int:
-        """Copies leased blocks into the sequence's pages; returns how many tokens they hold."""
+    async def load(self, active: Active, blocks: Iterable[LeasedBlock]) -> tuple[int, float]:
+        """Copies leased blocks into the sequence's pages; returns how many tokens they hold, and the seconds that the
+        copying took, without the steps between which it was done.
+        """
         payloads = [(block.index, self.store.payload(block.slot)) for block in blocks]
         batches = [payloads[first : first + LOAD_BATCH] for first in range(0, len(payloads), LOAD_BATCH)]
-        return sum([await self.thread.call(self.thread.engine.load_blocks, active, batch) for batch in batches])
+        copied = [await self.thread.call(self._copy, active, batch) for batch in batches]
+        return sum(tokens for tokens, _ in copied), sum(seconds for _, seconds in copied)
+
+    def _copy(self, active: Active, batch: list[tuple[int, memoryview]]) -> tuple[int, float]:
+        """In the engine's thread."""
+        began = time.monotonic()
+        return self.thread.engine.load_blocks(active, batch), time.monotonic() - began
 
     def _on_step(self, result: StepResult) -> None:
         """In the engine's thread: blocks that have a slot are written while their pages are at hand."""

@@ -14,7 +14,7 @@ class PrefillDone:
     """The prompt is computed, its last blocks are being committed, and this is the first token.
 
     Cached tokens are counted by the tier that held them. Times are in seconds: `queue_s` until the first chunk ran,
-    `load_s` leasing and copying the cached prefix, `compute_s` from the first chunk to the token.
+    but for `load_s`, which leasing and copying the cached prefix took; `compute_s` from the first chunk to the token.
     """
 
     ref: Ref

@@ -36,9 +36,10 @@ async def _load_prefix(host: Host, session: Session, active: Active, group: Leas
     began = time.monotonic()
     pulled = await _pull(host, session, group, source) if source else set()
     acquired = await group.acquire(session.sequence.block_keys, host.namespace, host.wait_s(session))
-    loaded = await host.load(active, acquired.leased)
+    leased_s = time.monotonic() - began
+    loaded, copied_s = await host.load(active, acquired.leased)
     session.record.leased = tuple(replace(block, remote=block.index in pulled) for block in acquired.leased)
-    session.record.load_s = time.monotonic() - began
+    session.record.load_s = leased_s + copied_s
     session.slots = {reservation.index: reservation for reservation in acquired.reserved}
     session.group = group
     await host.thread.call(host.thread.engine.ready, active, loaded)

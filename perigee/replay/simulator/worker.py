@@ -241,12 +241,13 @@ class Worker:
             leg.load_s = loaded_at - leg.load_began_at
             self.engine.ready(leg.active, tokens, loaded_at)
         else:
-            self.engine.copy(self._habits.profile.load_s(tokens), partial(self._loaded_prefix, leg, tokens))
+            copy_s = self._habits.profile.load_s(tokens)
+            leg.load_s = self._clock.now - leg.load_began_at + copy_s  # without the steps that it waits for
+            self.engine.copy(copy_s, partial(self._loaded_prefix, leg, tokens))
 
     def _loaded_prefix(self, leg: Leg, tokens: int) -> None:
         if not leg.is_over:
             assert leg.active is not None
-            leg.load_s = self._clock.now - leg.load_began_at
             self.engine.ready(leg.active, tokens)
 
     # ---- blocks that a step completed

@@ -12,7 +12,7 @@ from perigee.scheduler.outlook import Load
 from perigee.scheduler.plan import Plan
 from perigee.scheduler.slo import Slo
 from perigee.scheduler.view import ClusterView, InFlight
-from perigee.scheduler.worker_view import Demand, WorkerView
+from perigee.scheduler.worker_view import DecodeLoad, Demand, WorkerView
 
 Floats = NDArray[np.float64]
 
@@ -88,3 +88,18 @@ def decode_loads(
     joining = more + margin
     step_s = worker.cost.step_s(load.batch + joining, load.context_tokens + joining * demand.num_tokens)
     return np.maximum(np.maximum(places, pages), step_s / tbt_s)
+
+
+def most_load(
+    worker: WorkerView, load: DecodeLoad, demand: Demand, tbt_s: float, more: float = 1.0, margin: float = 0.0
+) -> float:
+    """The same for one load, known in whole sequences."""
+    report = worker.report
+    assert report is not None
+    joining = more + margin
+    step_s = worker.cost.step_s(load.sequences + joining, load.context_tokens + joining * demand.num_tokens)
+    return max(
+        (load.sequences + more - _ROUNDING) / report.max_sequences,
+        (load.pages + more * demand.pages) / report.total_pages,
+        step_s / tbt_s,
+    )

@@ -18,6 +18,7 @@ from perigee.scheduler.admission.base import (
     first_token_at,
     full,
     late,
+    most_load,
 )
 from perigee.scheduler.admission.headroom import Headroom
 from perigee.scheduler.admission.margin import Margin
@@ -67,18 +68,25 @@ class Foresight:
         case if its own TBT would not be kept either.
         """
         worker = view.workers[request.decode]
+        tightest_s = view.forecast.tightest_tbt_s(worker)
+        most = view.forecast.most(worker)
+        if worker.cost.step_s(most.sequences, most.context_tokens) / _AIM <= tightest_s:
+            self._note(False, tightest_s)
+            return None
         load = view.forecast.load(worker, now + _WINDOW_S * _MOMENTS, now)
         # The longest, not the mean: contexts grow, and a promise that is broken in a tenth of the steps is broken.
         step_s = float(worker.cost.step_s(load.batch, load.context_tokens).max()) / _AIM
-        tightest_s = view.forecast.tightest_tbt_s(worker)
-        if not math.isinf(tightest_s):
-            self._margin.observe(step_s > tightest_s)
+        self._note(step_s > tightest_s, tightest_s)
         broken_s = view.forecast.broken_work_s(worker, step_s)
         own_s = request.work_s
         saved_s, lost_s = (broken_s - own_s, 0.0) if request.slo.tbt_s < step_s else (broken_s, own_s)
         if saved_s <= lost_s:
             return None
         return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s), now, self._promises))
+
+    def _note(self, missed: bool, tightest_s: float) -> None:
+        if not math.isinf(tightest_s):
+            self._margin.observe(missed)
 
     def _late(self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float) -> Refusal | None:
         late_s = plan.ttft_s - request.slo.ttft_s * limit
@@ -116,7 +124,12 @@ def _booked(worker: WorkerView, demand: Demand) -> float:
 
 
 def _foreseen(view: ClusterView, wish: Wish, now: float) -> float:
-    """The highest load with the request, from its first token on."""
+    """The highest load with the request, from its first token on; or more, if that is within the limit even were
+    nothing ever to end.
+    """
+    most = most_load(wish.worker, view.forecast.most(wish.worker), wish.demand, wish.tbt_s, margin=wish.margin)
+    if most <= wish.limit:
+        return most
     load = view.forecast.load(wish.worker, _moments(view, wish.worker, now + wish.lead_s), now)
     return float(decode_loads(wish.worker, load, wish.demand, wish.tbt_s, margin=wish.margin).max())
 

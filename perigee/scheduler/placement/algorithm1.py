@@ -33,7 +33,10 @@ class Algorithm1:
         prompt, rows = Prompt(view, request, self._fetch, now), pools.prefiller_rows
         options = PrefillOptions(prompt, view.ranks.preview(request), now)
         weight = 1.0 + self._price * len(view.fleet.work) / len(rows)
-        prefill = Candidates(rows, (options.queue_s + weight * options.work_s())[rows])
+        scores = options.work_s()
+        scores *= weight
+        scores += options.queue_s
+        prefill = Candidates(rows, scores[rows])
         first = least_recent(view.fleet, prefill.near())
         step_s = view.fleet.step_s(view.demand(request))
         decoders = decode_candidates(pools, step_s, first).near()
