@@ -1,5 +1,7 @@
 """The roles over real gRPC and a real store node: what is handed over, and that nothing stays behind."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
@@ -135,3 +137,25 @@ async def test_a_start_that_is_not_what_was_prepared_is_refused(site: Site) -> N
         failed = await channel.receive()
         assert isinstance(failed, Failed) and failed.code == "unknown"
     await site.until_at_rest()
+
+
+async def test_the_time_of_loading_is_without_the_wait_for_a_step(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await site.worker("prefill")
+    sequence = site.sequence("a", prompt(200), 40)
+    with worker.client.open(sequence.ref) as channel:
+        await prefilled(channel, sequence)
+    thread, step_s = worker.host.thread, 0.5
+    call, delayed = thread.call, []
+
+    async def after_a_step(function: Callable[..., object], *arguments: object) -> object:
+        if function == worker.host._copy:
+            delayed.append(function)
+            await asyncio.sleep(step_s)
+        return await call(function, *arguments)
+
+    monkeypatch.setattr(thread, "call", after_a_step)
+    again = replace(sequence, ref=Ref("again"))
+    with worker.client.open(again.ref) as channel:
+        done = await prefilled(channel, again)
+    assert delayed and done.cached_tokens_dram > 0
+    assert 0 < done.load_s < step_s <= done.queue_s
