@@ -67,10 +67,11 @@ async def test_a_pass_key_is_found_again(nano: Endpoint) -> None:
 
 
 async def test_a_chat_is_answered(nano: Endpoint) -> None:
+    name = "silver falcon"
     async with AsyncOpenAI(base_url=f"{nano.url}/v1", api_key="none") as client:
         answer = await client.chat.completions.create(
             model=nano.model,
-            messages=[{"role": "user", "content": "What is the key for silver falcon?"}],
+            messages=[{"role": "user", "content": f"The pass key of {name} is 48213. What is the key for {name}?"}],
             temperature=0,
             max_completion_tokens=32,
         )
