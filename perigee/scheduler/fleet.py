@@ -30,9 +30,7 @@ class Fleet:
     prefill_factor: Floats
     prefill_offset_s: Floats
     load_factor: Floats
-    first_ends_at: Floats  # of the prompts
-    first_rank: Floats
-    foreign_s: Floats
+    foreign_s: Floats  # of prompts
     last_chosen: Floats
 
     def __init__(self, profile: CostProfile) -> None:
@@ -41,10 +39,11 @@ class Fleet:
         self._profile = profile
         self._free: list[int] = []
         self._table: Floats = np.zeros((len(Fleet.__annotations__), 0))
-        # Of the workers' store nodes: their numbers in the index of prefixes, whose rows are at each, and how many
-        # blocks they can hold.
+        # Of the workers' store nodes: their numbers in the index of prefixes, who is at each to prefill and to decode,
+        # and how many blocks they can hold.
         self.node_numbers: Rows = np.zeros(0, np.intp)
-        self.rows_at: dict[int, list[int]] = {}
+        self.prefillers_at: dict[int, list[int]] = {}
+        self.decoders_at: dict[int, list[int]] = {}
         self.store_slots: Floats = np.zeros(0)
         self._resize(_FIRST_SIZE)
 
@@ -66,12 +65,17 @@ class Fleet:
     def unseat(self) -> None:
         """Forgets which worker is at which store node."""
         self.node_numbers[:] = -1
-        self.rows_at.clear()
+        self.prefillers_at.clear()
+        self.decoders_at.clear()
 
     def seat(self, worker: WorkerView, node_number: int, store_slots: int) -> None:
-        """Tells about the worker's store node, which has an unknown number of slots if that is 0."""
+        """Tells about the store node of a worker that has reported. An unknown number of slots is 0."""
+        assert worker.report is not None
         self.node_numbers[worker.row] = node_number
-        self.rows_at.setdefault(node_number, []).append(worker.row)
+        if worker.report.role != "decode":
+            self.prefillers_at.setdefault(node_number, []).append(worker.row)
+        if worker.report.role != "prefill":
+            self.decoders_at.setdefault(node_number, []).append(worker.row)
         self.store_slots[worker.row] = store_slots or np.inf
 
     def refresh(self, worker: WorkerView) -> None:
@@ -86,8 +90,6 @@ class Fleet:
         self.load_factor[row] = cost.load.factor
         self.prefill_factor[row] = cost.prefill.factor
         self.prefill_offset_s[row] = cost.prefill.offset_s
-        self.first_ends_at[row] = queue.first_ends_at
-        self.first_rank[row] = queue.first.rank if queue.first is not None else 0.0
         self.foreign_s[row] = queue.foreign_s
         self.last_chosen[row] = worker.last_chosen
 
@@ -107,12 +109,7 @@ class Fleet:
 
     def queue_s(self, rank: float, now: float) -> Floats:
         """How long a prompt of this rank would wait for those before it."""
-        queue_s = self.first_ends_at - now
-        np.maximum(queue_s, 0.0, out=queue_s)
-        queue_s *= self.first_rank <= rank
-        queue_s += self.work.until(rank, len(self.workers))
-        queue_s += self.foreign_s
-        return queue_s
+        return self.work.until(rank, len(self.workers), now) + self.foreign_s
 
     def step_s(self, demand: Demand) -> Floats:
         """The TBT with one more sequence in the batch."""

@@ -7,9 +7,13 @@ that many prompts share is found to within a factor of two of its length.
 
 import heapq
 from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.scheduler.cost import CostProfile
+from perigee.scheduler.cost.model import Quantity
 from perigee.scheduler.events import RequestArrived
 from perigee.scheduler.plan import PrefillEstimate
 from perigee.scheduler.prefixes import PrefixIndex
@@ -30,7 +34,7 @@ class HotPrefix:
     at: float
 
     def lately_s(self, now: float) -> float:
-        return self.lost_s * float(0.5 ** ((now - self.at) / HALF_LIFE_S))
+        return self.lost_s * _kept(now - self.at)
 
 
 class HotPrefixes:
@@ -73,6 +77,14 @@ class HotPrefixes:
             hot.lost_s, hot.at = hot.lately_s(now) + lost_s, now
 
     def _forget_colder_half(self, now: float) -> None:
-        lately_s = [hot.lately_s(now) for hot in self._hot.values()]
-        median_s = sorted(lately_s)[len(lately_s) // 2]
-        self._hot = {last: hot for (last, hot), s in zip(self._hot.items(), lately_s, strict=True) if s > median_s}
+        hots = self._hot.values()
+        lost_s, at = np.array([hot.lost_s for hot in hots]), np.array([hot.at for hot in hots])
+        lately_s = lost_s * _kept(now - at)
+        is_hotter = lately_s > np.sort(lately_s)[len(lately_s) // 2]
+        self._hot = dict(compress(self._hot.items(), is_hotter.tolist()))
+
+
+def _kept(elapsed_s: Quantity) -> Quantity:
+    """The part that counts of what was missed so long ago."""
+    kept: Quantity = 0.5 ** (elapsed_s / HALF_LIFE_S)
+    return kept

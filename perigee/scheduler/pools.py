@@ -133,8 +133,10 @@ class Pools:
 
 
 def _least(column: Floats, rows: Rows) -> float:
+    if not rows.size:
+        return np.inf
     values = column[rows]
-    return values.item(values.argmin()) if rows.size else np.inf
+    return values.item(values.argmin())
 
 
 def _where(rows: Rows, condition: NDArray[np.bool_]) -> Rows:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from perigee.scheduler.cost import WorkerCost
 from perigee.scheduler.ids import RequestKey
 
+_NEVER = -np.inf
+
 # A worker hears of a placement through a server and reports it then: what is younger may not be in its report yet.
 REPORT_LAG_S = 0.5
 
@@ -31,22 +33,21 @@ class PlacedPrefill:
 
 
 class RankedWork:
-    """The prompts of all workers in one table, so that one operation tells how long a prompt would wait on each. Those
-    that are first count nothing here: time passes for them.
-    """
+    """The prompts of all workers in one table, so that one operation tells how long a prompt would wait on each."""
 
     def __init__(self) -> None:
         self._keys: list[RequestKey] = []
         self._index: dict[RequestKey, int] = {}
         self._rows = np.zeros(16, np.intp)
-        self._ranks = np.zeros(16)
-        self._seconds = np.zeros(16)
+        self._table = np.zeros((3, 16))  # ranks, seconds of those that wait, and when those end that are first
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def put(self, key: RequestKey, row: int, rank: float, seconds: float) -> None:
-        """Enters a prompt of the worker in `row` of the fleet, or changes what is to be counted for it."""
+    def put(self, key: RequestKey, row: int, rank: float, seconds: float = 0.0, ends_at: float = _NEVER) -> None:
+        """Enters a prompt of the worker in `row` of the fleet, or changes what is to be counted for it: `seconds`, or
+        those until it `ends_at`.
+        """
         index = self._index.get(key)
         if index is None:
             index = self._index[key] = len(self._keys)
@@ -54,8 +55,7 @@ class RankedWork:
             if index == len(self._rows):
                 self._grow()
         self._rows[index] = row
-        self._ranks[index] = rank
-        self._seconds[index] = seconds
+        self._table[:, index] = rank, seconds, ends_at
 
     def remove(self, key: RequestKey) -> None:
         """The last prompt of the table takes its place."""
@@ -64,19 +64,21 @@ class RankedWork:
         if index != last:
             self._keys[index] = moved
             self._index[moved] = index
-            for column in (self._rows, self._ranks, self._seconds):
-                column[index] = column[last]
+            self._rows[index] = self._rows[last]
+            self._table[:, index] = self._table[:, last]
 
-    def until(self, rank: float, num_rows: int) -> NDArray[np.float64]:
+    def until(self, rank: float, num_rows: int, now: float) -> NDArray[np.float64]:
         """The seconds of work of this rank and smaller ones, by row."""
         size = len(self._keys)
-        seconds = self._seconds[:size] * (self._ranks[:size] <= rank)
-        return np.asarray(np.bincount(self._rows[:size], weights=seconds, minlength=num_rows), np.float64)
+        ranks, seconds, ends_at = self._table[:, :size]
+        left_s = ends_at - now
+        np.maximum(left_s, seconds, out=left_s)
+        left_s *= ranks <= rank
+        return np.asarray(np.bincount(self._rows[:size], weights=left_s, minlength=num_rows), np.float64)
 
     def _grow(self) -> None:
-        self._rows, self._ranks, self._seconds = (
-            np.concatenate([column, np.zeros_like(column)]) for column in (self._rows, self._ranks, self._seconds)
-        )
+        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
 
 
 class PromptQueue:
@@ -133,11 +135,16 @@ class PromptQueue:
             done = first.new_tokens + first.prefix_tokens - left
             first.left_s = min(first.work_s, cost.prefill_s(left, done)) if left else 0.0
             self.settled_at = now
+            self._put_first()
 
     def _begin(self, key: RequestKey, now: float) -> None:
         """From now on time passes for this prompt."""
         self._first_key, self.first, self.settled_at = key, self.prompts[key], now
-        self._work.put(key, self._row, self.first.rank, 0.0)
+        self._put_first()
+
+    def _put_first(self) -> None:
+        if self.first is not None and self._first_key is not None:
+            self._work.put(self._first_key, self._row, self.first.rank, ends_at=self.first_ends_at)
 
     def _put_back(self, now: float) -> None:
         """The first prompt, if there is one, waits again, for another goes before it."""

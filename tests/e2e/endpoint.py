@@ -16,6 +16,7 @@ from perigee.workers.model.tokenizer import Tokenizer
 
 # The longest that anything here is waited for. It is no measure of how long it should take.
 PATIENCE_S = 120.0
+_REPORTS_S = 0.6  # by then whoever did something has reported it
 _POLL_S = 0.05
 
 Prompt = Sequence[int]
@@ -133,7 +134,8 @@ class Endpoint:
         return members
 
     async def until_at_rest(self) -> Members:
-        """Waits until nobody holds pages, leases or reservations."""
+        """Waits until nobody holds pages, leases or reservations, by reports that are from after the call."""
+        await asyncio.sleep(_REPORTS_S)
         return await self.until(lambda members: all(member.is_at_rest for member in members.values()))
 
     async def metric(self, name: str, **labels: str) -> float:

@@ -66,7 +66,7 @@ def perform(policy: EvictionPolicy, todo: list[tuple[int, str, bool]]) -> tuple[
 
 
 @every_policy
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(todo=steps)
 def test_only_what_is_allowed_goes_and_all_of_it_once(name: PolicyName, todo: list[tuple[int, str, bool]]) -> None:
     policy = make_policy(name, len(BLOCKS))
@@ -77,7 +77,7 @@ def test_only_what_is_allowed_goes_and_all_of_it_once(name: PolicyName, todo: li
 
 
 @every_policy
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(todo=steps)
 def test_the_same_calls_choose_the_same_victims(name: PolicyName, todo: list[tuple[int, str, bool]]) -> None:
     policies = [make_policy(name, len(BLOCKS)) for _ in range(2)]

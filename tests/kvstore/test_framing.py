@@ -1,12 +1,11 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perigee.kvstore.errors import MalformedFrame
 from perigee.kvstore.framing import MAX_FRAME_BYTES, FrameReader, frame
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40)), st.integers(1, 50))
 def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(bodies: list[bytes], piece: int) -> None:
     stream = b"".join(frame(body) for body in bodies)

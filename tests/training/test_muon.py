@@ -65,7 +65,7 @@ def test_vectors_and_tables_move_as_torchs_adamw_moves_them() -> None:
 sides = st.integers(8, 96)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=sides, columns=sides, scale=st.floats(-12, 6), seed=st.integers(0, 2**31))
 def test_an_updates_rms_is_near_adamws_for_any_shape(rows: int, columns: int, scale: float, seed: int) -> None:
     direction = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10**scale

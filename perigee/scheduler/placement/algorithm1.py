@@ -55,7 +55,7 @@ def _nearest(prompt: Prompt, good: Rows, prefill_row: int) -> int:
     here = [fleet.node_numbers.item(prefill_row)]
     few = [nodes for nodes in reversed(prompt.held.groups.values()) if nodes.bit_count() <= _FEW]
     for numbers in (here, *map(positions, few)):
-        rows = [row for number in numbers for row in fleet.rows_at.get(number, ()) if is_good[row]]
+        rows = [row for number in numbers for row in fleet.decoders_at.get(number, ()) if is_good[row]]
         if rows:
             return min(rows, key=fleet.last_chosen.item)
     return least_recent(fleet, good)

@@ -152,7 +152,7 @@ class PrefillOptions:
                 rows = np.flatnonzero(flags(nodes, prompt.view.prefixes.num_numbers + 1)[fleet.node_numbers])
                 work_s[rows] = self._work_of(blocks, rows)
         for number, blocks in one_by_one.items():
-            for row in fleet.rows_at.get(number, ()):
+            for row in fleet.prefillers_at.get(number, ()):
                 work_s[row] = prompt.work_s(self.spot(row), blocks)
         work_s += fleet.prefill_offset_s
         return work_s
