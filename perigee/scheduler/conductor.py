@@ -47,9 +47,9 @@ class Conductor:
         num_receipts: int = DEFAULT_LIMIT,
         tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.view = ClusterView(profile or CostProfile(), tenant_weights)
-        self.shadow = shadow
         self._policies = policies or make_policies()
+        self.view = ClusterView(profile or CostProfile(), tenant_weights, self._policies.balance.makes_copies)
+        self.shadow = shadow
         self.receipts = Receipts(self._policies.names, num_receipts)
 
     def handle(self, event: Event, now: float) -> list[Command]:

@@ -76,9 +76,14 @@ class FailedAttempt:
 
 
 class ClusterView:
-    """Workers, store nodes, prefix locations and requests in flight."""
+    """Workers, store nodes, prefix locations and requests in flight.
 
-    def __init__(self, profile: CostProfile, tenant_weights: Mapping[str, float] | None = None) -> None:
+    With `notes_copies` also what policies that make copies ask for: hot prefixes, and the copies that there are.
+    """
+
+    def __init__(
+        self, profile: CostProfile, tenant_weights: Mapping[str, float] | None = None, notes_copies: bool = True
+    ) -> None:
         self.profile = profile
         self.costs = CostModel(profile)
         self.workers: dict[WorkerId, WorkerView] = {}
@@ -87,6 +92,7 @@ class ClusterView:
         self.fleet = Fleet(profile)
         self.transfers = Transfers()
         self.move_counts = MoveCounts()
+        self._notes_copies = notes_copies
         self.hot_prefixes = HotPrefixes(self.prefixes, profile)
         self.copy_log = CopyLog()
         self._roster = Roster(self.fleet, self.workers, self.stores, self.prefixes)
@@ -154,7 +160,8 @@ class ClusterView:
             placed_at=now,
         )
         self.ordered_prefill_s += plan.prefill.load_s + plan.prefill.compute_s
-        self._note_copies(request, plan, now)
+        if self._notes_copies:
+            self._note_copies(request, plan, now)
         self.shares.take(request.tenant, demand.pages)
         self.forecast.place(key, decode, self._coming(request, demand, plan, now), now)
 

@@ -1,12 +1,9 @@
 """Hot prefixes are copied to where they are missed, cold copies trimmed where room is short, and the last one never."""
 
-from dataclasses import replace
-
 import pytest
 
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.messages import BlockEvent
-from perigee.scheduler.balance import Copies
 from perigee.scheduler.commands import Replicate, Trim
 from perigee.scheduler.conductor import Conductor
 from perigee.scheduler.copy_log import CopyLog
@@ -23,9 +20,9 @@ NODES = [NodeId(f"store-{index}") for index in range(4)]
 class Several(Cluster):
     """A prefill worker on each of four nodes, and a decode worker that all of them share a node with, or none."""
 
-    def __init__(self, placement: str = "local-cache", num_slots: int = 1000) -> None:
+    def __init__(self, placement: str = "local-cache", num_slots: int = 1000, balance: str = "copies") -> None:
         super().__init__()
-        self.conductor = Conductor(replace(make_policies(placement), balance=Copies()), PROFILE)
+        self.conductor = Conductor(make_policies(placement, balance=balance), PROFILE)
         self.seqs: dict[NodeId, int] = {}
         self.num_slots = num_slots
         for node in (*NODES, NodeId("store-d")):
@@ -130,6 +127,13 @@ def test_memory_of_what_is_hot_is_bounded() -> None:
         cluster.dispatch(f"r{index}", 2 * BLOCK_TOKENS, 1, salt=index)
         cluster.finish(f"r{index}")
     assert 0 < len(cluster.conductor.view.hot_prefixes) <= 1024
+
+
+def test_nothing_is_noted_where_nobody_makes_copies() -> None:
+    cluster = Several(balance="roles")
+    cluster.miss(40)
+    view = cluster.conductor.view
+    assert (len(view.hot_prefixes), len(view.copy_log)) == (0, 0)
 
 
 # ---- trimming

@@ -43,6 +43,8 @@ class SwitchingWorker(FakeWorker):
 class Scripted:
     """A balance that wants what it is given to want, once."""
 
+    makes_copies = False
+
     def __init__(self) -> None:
         self.moves: list[Move] = []
 

@@ -11,6 +11,11 @@ Move = Drain | Replicate | Trim | SetRole
 class Balance(Protocol):
     """Asked about every second. The Conductor enters what it says in the view, and passes it on."""
 
+    @property
+    def makes_copies(self) -> bool:
+        """Whether it asks the view for hot prefixes and for copies, which are not noted otherwise."""
+        ...
+
     def tick(self, view: ClusterView, now: float) -> list[Move]:
         """What is to be moved now."""
         ...
@@ -18,6 +23,8 @@ class Balance(Protocol):
 
 class Still:
     """Moves nothing."""
+
+    makes_copies = False
 
     def tick(self, view: ClusterView, now: float) -> list[Move]:
         return []
@@ -28,6 +35,7 @@ class Several:
 
     def __init__(self, *policies: Balance) -> None:
         self._policies = policies
+        self.makes_copies = any(policy.makes_copies for policy in policies)
 
     def tick(self, view: ClusterView, now: float) -> list[Move]:
         return [move for policy in self._policies for move in policy.tick(view, now)]

@@ -44,6 +44,8 @@ _MOST_TRIMMED = 256
 class Copies:
     """Replicates and trims."""
 
+    makes_copies = True
+
     def __init__(self) -> None:
         self._coming: dict[tuple[NodeId, BlockKey], float] = {}  # what was asked for, and until when it may come
 

@@ -56,6 +56,8 @@ class Switch:
 class Roles:
     """At most one worker is on its way. `hold_s` is the unit of all its patience."""
 
+    makes_copies = False
+
     def __init__(self, hold_s: float = DEFAULT_HOLD_S) -> None:
         self._hold_s = hold_s
         self._pressure = Pressure(hold_s)
