@@ -119,6 +119,7 @@ class ConductorClient:
         self._epoch = 0
         self._state: pb.ClusterState | None = None
         self._reachable = False
+        self._is_open = True  # a call that fails as it is cancelled hides that from who waits for it
 
     @classmethod
     @asynccontextmanager
@@ -129,6 +130,7 @@ class ConductorClient:
         try:
             yield client
         finally:
+            client._is_open = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -188,12 +190,12 @@ class ConductorClient:
             raise ConductorLost from error
 
     async def _stay_informed(self) -> None:
-        while True:
+        while self._is_open:
             await self.refresh()
             await asyncio.sleep(self._poll_s)
 
     async def _stay_attached(self) -> None:
-        while True:
+        while self._is_open:
             outbox: asyncio.Queue[pb.ServerEvent] = asyncio.Queue()
             try:
                 await self._converse(outbox)
