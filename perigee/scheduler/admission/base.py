@@ -93,7 +93,7 @@ def decode_loads(
 def most_load(
     worker: WorkerView, load: DecodeLoad, demand: Demand, tbt_s: float, more: float = 1.0, margin: float = 0.0
 ) -> float:
-    """The same for one load, known in whole sequences."""
+    """What `decode_loads` says, of one load in whole sequences: plain numbers, since each arrival asks for it."""
     report = worker.report
     assert report is not None
     joining = more + margin

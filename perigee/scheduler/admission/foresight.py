@@ -37,8 +37,8 @@ _MOMENTS = np.array([0.0, 0.2, 0.4, 0.7, 1.0])
 # What is aimed at, of a promised TBT: contexts grow while others do not leave yet.
 _AIM = 0.98
 
-# TBT is to hold with so many more of a request's size: so that where room is short, the long are refused before the
-# short. For one of them several others are served.
+# TBT is to hold with so many more sequences of a request's size in the batch, which asks more of the long than of the
+# short.
 _SIZES = 1.0
 
 
