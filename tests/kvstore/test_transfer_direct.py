@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from perigee.kvstore.transfer import frames
-from perigee.kvstore.transfer.fake import MemorySource
 from perigee.kvstore.transfer.frames import Ask, Kind, Reply
 from perigee.kvstore.transfer.handshake import greet, receive_exactly
 from perigee.kvstore.transfer.listening import split
 from perigee.kvstore.transfer.serving import Limits
+from tests.kvstore.fake_transfer import MemorySource
 from tests.kvstore.keys import chain
 from tests.kvstore.transfers import SLOT_BYTES, WAIT_S, payload, serving, source_of
 

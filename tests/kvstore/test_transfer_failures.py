@@ -12,13 +12,13 @@ from perigee.kvstore.blocks import HEADER_BYTES
 from perigee.kvstore.errors import StoreError
 from perigee.kvstore.transfer import frames
 from perigee.kvstore.transfer.base import TransferFailed
-from perigee.kvstore.transfer.fake import MemorySource, payload_of
 from perigee.kvstore.transfer.frames import Ask, Kind, Reply
 from perigee.kvstore.transfer.handshake import admit, greet, receive_exactly
 from perigee.kvstore.transfer.listening import split
 from perigee.kvstore.transfer.serving import Limits
 from perigee.kvstore.transfer.tcp import TcpTransfer
 from perigee.kvstore.transfer.tcp_server import TransferServer
+from tests.kvstore.fake_transfer import MemorySource, payload_of
 from tests.kvstore.keys import chain
 from tests.kvstore.transfers import SLOT_BYTES, WAIT_S, Slots, payload, proxy, pulled, serving, source_of
 

@@ -22,7 +22,7 @@ NUM_SLOTS = 100
 _SERVER = """
 import asyncio, sys, threading
 from perigee.kvstore.dram import Mapping, allocate
-from perigee.kvstore.transfer.fake import MemorySource
+from tests.kvstore.fake_transfer import MemorySource
 from perigee.kvstore.transfer.mooncake import MooncakeEngine
 from perigee.kvstore.transfer.tcp_server import TransferServer
 from tests.kvstore.keys import chain

@@ -8,10 +8,10 @@ import pytest
 
 from perigee.kvstore.errors import InvalidRequest
 from perigee.kvstore.transfer.base import PeerRefused, TransferFailed
-from perigee.kvstore.transfer.fake import MemorySource
 from perigee.kvstore.transfer.frames import MAX_KEYS
 from perigee.kvstore.transfer.serving import Limits
 from perigee.kvstore.transfer.tcp import TcpTransfer
+from tests.kvstore.fake_transfer import MemorySource
 from tests.kvstore.keys import chain
 from tests.kvstore.transfers import WAIT_S, Slots, payload, pulled, serving, source_of
 

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from perigee.kvstore.blocks import HEADER_BYTES, BlockKey
 from perigee.kvstore.transfer.base import Received, Transfer, Wanted
-from perigee.kvstore.transfer.fake import MemorySource, payload_of
 from perigee.kvstore.transfer.listening import split
 from perigee.kvstore.transfer.serving import Limits, Segment
 from perigee.kvstore.transfer.tcp_server import TransferServer
+from tests.kvstore.fake_transfer import MemorySource, payload_of
 
 SLOT_BYTES = 64 << 10
 WAIT_S = 60.0  # for what must come; nothing here waits that long
