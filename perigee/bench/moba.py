@@ -133,7 +133,7 @@ def _results(config: MobaBenchConfig, times: dict[int, tuple[Times, Times]]) -> 
     return {
         "attention_speedup": {str(n): round(a.attention_s / b.attention_s, 2) for n, (a, b) in times.items()},
         "model_speedup": {str(n): round(a.model_s / b.model_s, 2) for n, (a, b) in times.items()},
-        "gate_share": {str(n): round(b.gate_s / b.attention_s, 3) for n, (_, b) in times.items()},
+        "gate_share": {str(n): round(b.gate_s / b.attention_s, 4) for n, (_, b) in times.items()},
         "exponent": _exponent({n: b.attention_s for n, (_, b) in times.items()}),
         "model_exponent": _exponent({n: b.model_s for n, (_, b) in times.items()}),
         "seconds": {str(n): {"full": _as_json(a), "moba": _as_json(b)} for n, (a, b) in times.items()},
@@ -153,9 +153,9 @@ def _exponent(seconds: dict[int, float]) -> float | None:
 
 def _as_json(times: Times) -> dict[str, float]:
     return {
-        "model": round(times.model_s, 3),
-        "attention": round(times.attention_s, 3),
-        "gate": round(times.gate_s, 3),
+        "model": round(times.model_s, 6),
+        "attention": round(times.attention_s, 6),
+        "gate": round(times.gate_s, 6),
     }
 
 
