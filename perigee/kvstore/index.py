@@ -17,8 +17,8 @@ from perigee.kvstore.blocks import DECODE, PREFILL, BlockKey
 from perigee.kvstore.errors import Fenced, InvalidRequest
 from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.holdings import NODE, Block, GroupId
+from perigee.kvstore.lineage import Lineage
 from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, LeasedBlock, Reservation, Tier
-from perigee.kvstore.pin_counts import PinCounts
 
 
 class Coming(NamedTuple):
@@ -64,8 +64,7 @@ class BlockIndex:
         self._free = list(range(num_slots - 1, -1, -1))
         self._nonces = itertools.count(1)
         self._events: list[BlockEvent] = []
-        self._parentless: dict[BlockKey, dict[BlockKey, Block]] = {}  # by the parent, which is not here
-        self._pins = PinCounts()
+        self._lineage = Lineage(policy, block_tokens)
         self._leaving: dict[BlockKey, tuple[Block, GroupId]] = {}  # being written elsewhere, and by what group
 
     # ---- what is here --------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ class BlockIndex:
     @property
     def room(self) -> int:
         """Slots that could be reserved now, after evicting all that may go."""
-        return len(self._free) + len(self._blocks) - self._pins.num_pinned
+        return len(self._free) + len(self._blocks) - self._lineage.num_pinned
 
     def orphaned(self, living: Collection[int]) -> int:
         """Leases and reservations of connections that are not among `living`. The node's own have an owner."""
@@ -274,27 +273,10 @@ class BlockIndex:
 
     def _insert(self, block: Block) -> None:
         self._blocks[block.key] = block
-        above = block.above = self._blocks.get(block.parent)
-        if above is None:
-            self._parentless.setdefault(block.parent, {})[block.key] = block
-        else:
-            above.children += 1
-            if above.children == 1 and not above.leases:
-                self._policy.forbid(above.key)
-        if below := self._parentless.pop(block.key, None):
-            self._adopt(block, below.values())
+        self._lineage.enter(block, self._blocks.get(block.parent))
         self.stored_total += 1
         if block.key not in self._leaving:
             self._events.append(BlockEvent(True, block.key))
-
-    def _adopt(self, block: Block, children: Collection[Block]) -> None:
-        """They were here before their parent."""
-        for child in children:
-            child.above = block
-        block.children = len(children)
-        block.pinned_children = sum(child.leases > 0 or child.pinned_children > 0 for child in children)
-        if block.pinned_children:
-            self._pins.pin(block)
 
     def victim(self) -> Block | None:
         """The block to give up next, if any may go. The caller passes it to `evict` or `leave` at once."""
@@ -370,24 +352,8 @@ class BlockIndex:
     def _remove(self, block: Block) -> None:
         """Forgets a block without lease or children."""
         del self._blocks[block.key]
-        above, block.above = block.above, None
-        if above is None:
-            self._leave_parentless(block)
-        else:
-            above.children -= 1
-            if not above.children and not above.leases:
-                self._allow(above)
+        self._lineage.leave(block)
         self.evicted_total += 1
-
-    def _leave_parentless(self, block: Block) -> None:
-        siblings = self._parentless[block.parent]
-        del siblings[block.key]
-        if not siblings:
-            del self._parentless[block.parent]
-
-    def _allow(self, block: Block) -> None:
-        """It has neither leases nor children any more."""
-        self._policy.allow(block.key, partial=block.num_tokens < self._block_tokens)
 
     # ---- leases --------------------------------------------------------------------------------------------------
 
@@ -401,15 +367,9 @@ class BlockIndex:
                 block.leases += 1
                 added.append(block)
                 if block.leases == 1:
-                    self._first_lease(block)
+                    self.num_leased += 1
+                    self._lineage.lease(block)
         return added
-
-    def _first_lease(self, block: Block) -> None:
-        self.num_leased += 1
-        if not block.children:  # else it may not be evicted anyway
-            self._policy.forbid(block.key)
-        if not block.pinned_children:
-            self._pins.pin(block)
 
     def _unlease(self, group: _Group, blocks: Iterable[Block]) -> None:
         """The group holds them."""
@@ -418,11 +378,5 @@ class BlockIndex:
             del leases[block.key]
             block.leases -= 1
             if not block.leases:
-                self._last_lease_ended(block)
-
-    def _last_lease_ended(self, block: Block) -> None:
-        self.num_leased -= 1
-        if not block.pinned_children:
-            self._pins.unpin(block)
-            if not block.children:
-                self._allow(block)
+                self.num_leased -= 1
+                self._lineage.unlease(block)

@@ -10,16 +10,16 @@ Doubt is never served: a block that could not be read or received is not there, 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
+from perigee.kvstore.acquires import Acquires
 from perigee.kvstore.blocks import NO_PARENT, BlockKey
 from perigee.kvstore.errors import NoRoom, TooLarge
 from perigee.kvstore.evict import EvictionPolicy
 from perigee.kvstore.holdings import GroupId
-from perigee.kvstore.index import BlockIndex, Coming
+from perigee.kvstore.index import BlockIndex
 from perigee.kvstore.jobs import Job
 from perigee.kvstore.limits import StoreLimits, Totals
-from perigee.kvstore.messages import Acquired, BlockEvent, CommittedBlock, Fetched, Tier
+from perigee.kvstore.messages import BlockEvent, CommittedBlock, Fetched, Tier
 from perigee.kvstore.moves import Moves, PulledBlock
 from perigee.kvstore.pins import Pins
 from perigee.kvstore.records import Location, Record
@@ -52,7 +52,7 @@ class Store:
         self.pins = Pins(self.index, self.limits.pins)
         self.totals = Totals()
         self._for_room: dict[Acquire | Fetch, None] = {}  # in order of arrival
-        self._loading: dict[Acquire, None] = {}
+        self._acquires = Acquires(self.index, self._tiers, self.moves, self.totals)
         self._fetches = Fetches()
         self._drop_at: float | None = None  # when the first who waits for room waits no longer for spills
         self._deadlines = Deadlines(lambda request: request in self._for_room or request in self._fetches)
@@ -72,7 +72,7 @@ class Store:
             return [Answer(caller, self._too_large(len(keys)))]
         self.index.revive(keys, now)
         request = Acquire(caller, keys, parent, now + wait_s, self._drop_at_of(wait_s, now))
-        if self._must_queue(request) or (answers := self._try_acquire(request, now)) is None:
+        if self._must_queue(request) or (answers := self._acquires.begin(request, now)) is None:
             if wait_s <= 0:
                 return [Answer(caller, self._no_room(len(keys)))]
             self._queue(request)
@@ -245,22 +245,28 @@ class Store:
         """Ends a request that waits."""
         self._for_room.pop(request, None)
         if isinstance(request, Acquire):
-            self._loading.pop(request, None)
-            if request.hold:
-                self.index.release(request.hold)
+            self._acquires.give_up(request)
             return Answer(request.caller, self._no_room(len(request.keys)))
         missing = tuple(sorted([*request.missing, *request.awaited.values()]))
         self._leave(request)
         return Answer(request.caller, Fetched((), done=True, missing=missing))
 
     def _waiting(self) -> list[Acquire | Fetch]:
-        return list(dict.fromkeys([*self._for_room, *self._loading, *self._fetches.all()]))
+        return list(dict.fromkeys([*self._for_room, *self._acquires.all(), *self._fetches.all()]))
 
     # ---- waiting for room ----------------------------------------------------------------------------------------
 
     def _queue(self, request: Acquire | Fetch) -> None:
         self._for_room[request] = None
         self._deadlines.add(request)
+
+    def _loads_ended(self, key: BlockKey, now: float) -> list[Answer]:
+        """What that means for the acquires that waited for it: those that have to begin again go first in the queue."""
+        answers, failed = self._acquires.load_ended(key, now)
+        for request in failed:
+            self._for_room = {request: None, **self._for_room}
+            self._deadlines.add(request)
+        return answers
 
     def _must_queue(self, request: Acquire | Fetch) -> bool:
         """Whether others wait for room before it. What needs no slot never waits behind what does."""
@@ -290,7 +296,7 @@ class Store:
     def _try(self, request: Acquire | Fetch, now: float) -> list[Answer] | None:
         """None if there is no room for it."""
         if isinstance(request, Acquire):
-            return self._try_acquire(request, now)
+            return self._acquires.begin(request, now)
         return [] if self._tiers.bring(request, now) else None
 
     def _no_room(self, num_blocks: int) -> NoRoom:
@@ -301,67 +307,6 @@ class Store:
 
     def _too_large(self, num_blocks: int) -> TooLarge:
         return TooLarge(f"{num_blocks} blocks; the arena has {self.index.num_slots} slots")
-
-    # ---- acquires ------------------------------------------------------------------------------------------------
-
-    def _try_acquire(self, request: Acquire, now: float) -> list[Answer] | None:
-        """Takes all that it needs, or nothing and says None."""
-        self.index.revive(request.keys, now)
-        below = self._tiers.to_load(request.keys)
-        free_up = partial(self._tiers.free_up, drop_at=request.drop_at, now=now)
-        if not below:
-            acquired = self.index.acquire(request.caller.group, request.keys, request.parent, now, free_up=free_up)
-            return None if acquired is None else [self._acquired(request, acquired)]
-        prefix = self._tiers.prefix(request.keys)
-        spare = sum(1 for key in below if not self.moves.is_loading(key))
-        hold = self.moves.new_group()
-        acquired = self.index.acquire(hold, request.keys, request.parent, now, Coming(prefix, spare), free_up)
-        if acquired is None:
-            self.index.release(hold)
-            return None
-        request.hold, request.reserved = hold, acquired.reserved
-        request.leased = {block.index: block for block in acquired.leased}
-        request.loading = below
-        self._loading[request] = None
-        for key in below:
-            self._tiers.load(key)
-        return []
-
-    def _acquired(self, request: Acquire, acquired: Acquired) -> Answer:
-        self.totals.hit_blocks += len(acquired.leased)
-        self.totals.hit_ssd_blocks += sum(1 for block in acquired.leased if block.tier is Tier.SSD)
-        self.totals.miss_blocks += len(acquired.reserved)
-        return Answer(request.caller, acquired)
-
-    def _loads_ended(self, key: BlockKey, now: float) -> list[Answer]:
-        """What that means for the acquires that waited for it."""
-        answers = []
-        for request in [request for request in self._loading if key in request.loading]:
-            assert request.hold is not None
-            came = self.index.lease(request.hold, [(request.loading.pop(key), key)], now, Tier.SSD)
-            if not came:
-                self._start_again(request)
-            else:
-                request.leased |= {block.index: block for block in came}
-                if not request.loading:
-                    answers.append(self._hand_over_hold(request))
-        return answers
-
-    def _hand_over_hold(self, request: Acquire) -> Answer:
-        assert request.hold is not None
-        del self._loading[request]
-        self.index.merge(request.hold, request.caller.group)
-        leased = tuple(request.leased[index] for index in sorted(request.leased))
-        return self._acquired(request, Acquired(leased, request.reserved))
-
-    def _start_again(self, request: Acquire) -> None:
-        """A block of its prefix turned out not to be there: gives back what it has and goes first in the queue."""
-        assert request.hold is not None
-        del self._loading[request]
-        self.index.release(request.hold)
-        request.hold = None
-        self._for_room = {request: None, **self._for_room}
-        self._deadlines.add(request)
 
     # ---- fetches -------------------------------------------------------------------------------------------------
 
