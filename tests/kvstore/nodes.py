@@ -6,10 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from perigee.kvstore import node
 from perigee.kvstore.blocks import BlockKey
 from perigee.kvstore.client import LeasedBlock, LeaseGroup, StoreClient
 from perigee.kvstore.config import StoreConfig
+from perigee.kvstore.peers import Peers
 from tests.kvstore import payloads
 from tests.kvstore.conftest import NUM_SLOTS, PAYLOAD_BYTES, HostedDirectory, RunningNode
 from tests.kvstore.keys import ROOT
@@ -36,18 +39,33 @@ def config_of(
     return StoreConfig.model_validate(values)
 
 
+@dataclass(frozen=True)
+class Neighbour(RunningNode):
+    """A node among others, and whom of them it knows."""
+
+    peers: Peers
+
+
+async def acquainted(one: Neighbour, other: Neighbour) -> None:
+    """Returns when each knows the other: who has joined is heard of by the directory first, and by the nodes later."""
+    await asyncio.gather(one.peers.appeared(other.config.id), other.peers.appeared(one.config.id))
+
+
 @contextlib.asynccontextmanager
-async def running(config: StoreConfig, directory: HostedDirectory) -> AsyncIterator[RunningNode]:
+async def running(config: StoreConfig, directory: HostedDirectory) -> AsyncIterator[Neighbour]:
     """A node that has joined, and has left again afterwards."""
-    serving = asyncio.create_task(node.run(config))
-    joining = asyncio.create_task(directory.until(lambda members: config.id in {member.id for member in members}))
-    await asyncio.wait([serving, joining], return_when=asyncio.FIRST_COMPLETED)
+    peers = Peers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node, "Peers", lambda: peers)
+        serving = asyncio.create_task(node.run(config))
+        joining = asyncio.create_task(directory.until(lambda members: config.id in {member.id for member in members}))
+        await asyncio.wait([serving, joining], return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         joining.cancel()
         serving.result()
     (member,) = [member for member in joining.result() if member.id == config.id]
     try:
-        yield RunningNode(config, member)
+        yield Neighbour(config, member, peers)
     finally:
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -80,8 +98,8 @@ async def get(
 class Pair:
     """Two nodes with a worker each."""
 
-    near: RunningNode
-    far: RunningNode
+    near: Neighbour
+    far: Neighbour
     here: StoreClient
     there: StoreClient
 
@@ -99,6 +117,7 @@ async def paired(folder: Path, directory: HostedDirectory) -> AsyncIterator[Pair
             await nodes.enter_async_context(running(config_of(directory, folder, name), directory))
             for name in ("near", "far")
         ]
+        await acquainted(near, far)
         here, there = await near.connect(), await far.connect()
         yield Pair(near, far, here, there)
         await asyncio.gather(here.close(), there.close())

@@ -14,7 +14,7 @@ from perigee.kvstore.transfer.handshake import greet
 from tests.kvstore import payloads
 from tests.kvstore.conftest import NUM_SLOTS, HostedDirectory
 from tests.kvstore.keys import ROOT, chain
-from tests.kvstore.nodes import WAIT_S, config_of, get, put, running
+from tests.kvstore.nodes import WAIT_S, acquainted, config_of, get, put, running
 
 LARGE_BYTES = 1 << 20  # all slots together are more than a connection buffers
 
@@ -44,7 +44,7 @@ async def test_a_commit_after_its_deadline_is_refused_and_its_slots_are_kept_unt
 async def test_a_reader_slower_than_its_lease_is_cut_off_when_its_slots_are_wanted_and_not_before(
     tmp_path: Path, hosted_directory: HostedDirectory
 ) -> None:
-    config = config_of(hosted_directory, tmp_path, "node", dram_bytes=NUM_SLOTS * LARGE_BYTES, transfer_lease_s=1.0)
+    config = config_of(hosted_directory, tmp_path, "node", dram_bytes=NUM_SLOTS * LARGE_BYTES, transfer_lease_s=3.0)
     async with running(config, hosted_directory) as node:
         worker = await node.connect(LARGE_BYTES)
         keys = chain("read", NUM_SLOTS)
@@ -68,6 +68,7 @@ async def test_a_reader_slower_than_its_lease_is_cut_off_when_its_slots_are_want
 async def test_a_reader_in_time_is_not_cut_off(tmp_path: Path, hosted_directory: HostedDirectory) -> None:
     far, near = (config_of(hosted_directory, tmp_path, name, transfer_lease_s=30.0) for name in ("far", "near"))
     async with running(far, hosted_directory) as there, running(near, hosted_directory) as here:
+        await acquainted(there, here)
         writer, reader = await there.connect(), await here.connect()
         (await put(writer, chain("a", 4))).release()
         assert len(await get(reader, chain("a", 4), "far")) == 4

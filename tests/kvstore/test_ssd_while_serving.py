@@ -74,7 +74,7 @@ async def test_a_disk_that_hangs_holds_up_no_request_for_longer_than_its_timeout
         answers.wait()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    config = config_of(hosted_directory, tmp_path, "node", ssd=True, ssd_timeout_s=0.2)
+    config = config_of(hosted_directory, tmp_path, "node", ssd=True, ssd_timeout_s=2.0)
     async with running(config, hosted_directory) as node:
         client = await node.connect()
         await push_out(node, client)

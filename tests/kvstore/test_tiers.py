@@ -11,7 +11,7 @@ from perigee.kvstore.client import BlocksMissing, StoreClient
 from perigee.kvstore.messages import Tier
 from tests.kvstore.conftest import NUM_SLOTS, HostedDirectory, RunningNode
 from tests.kvstore.keys import ROOT, chain
-from tests.kvstore.nodes import config_of, get, put, running
+from tests.kvstore.nodes import WAIT_S, config_of, get, put, running
 
 COLD = chain("cold", 6)
 _KEY_OFFSET = 56  # in a record's header block
@@ -28,14 +28,26 @@ async def spilled(tmp_path: Path, hosted_directory: HostedDirectory) -> AsyncIte
 
 
 async def push_out(node: RunningNode, client: StoreClient) -> None:
-    """Puts `COLD`, uses it again, which makes it worth a write, and then enough other blocks that it must go."""
+    """Puts `COLD`, uses it again, which makes it worth a write, and then enough other blocks that it must go.
+
+    Only what is free is taken, so that nothing is dropped because the disk takes long.
+    """
     for _ in range(2):
         (await put(client, COLD)).release()
     for number in range(6):
         (await put(client, chain(f"filler {number}", 4))).release()
-        while (await node.status()).free_slots < NUM_SLOTS // 4:
-            pass
-    (await put(client, chain("all", NUM_SLOTS))).release()
+        await _quarter_is_free(node)
+    held = []
+    for number in range(4):
+        await _quarter_is_free(node)
+        held.append(await put(client, chain(f"all {number}", NUM_SLOTS // 4)))
+    for group in held:
+        group.release()
+
+
+async def _quarter_is_free(node: RunningNode) -> None:
+    while (await node.status()).free_slots < NUM_SLOTS // 4:
+        pass
 
 
 async def test_what_left_memory_is_read_from_ssd_and_is_in_memory_then(
@@ -66,7 +78,7 @@ async def test_a_corrupt_record_is_a_miss_and_the_blocks_before_it_are_hits(
 ) -> None:
     node, client = spilled
     damage(tmp_path / "node", COLD[3])
-    acquired = await client.group().acquire(COLD, ROOT, 10.0)
+    acquired = await client.group().acquire(COLD, ROOT, WAIT_S)
     assert [block.index for block in acquired.leased] == [0, 1, 2]
     assert [reservation.index for reservation in acquired.reserved] == [3, 4, 5]
     assert (await client.lookup(COLD))[3] is False

@@ -142,8 +142,8 @@ async def test_a_peer_that_was_restarted_is_reached_again(transfer: TcpTransfer)
 
 async def test_idle_connections_are_closed_and_replaced(transfer: TcpTransfer) -> None:
     keys = chain("a", 1)
-    async with serving(source_of(keys), limits=Limits(idle_s=0.05)) as server:
-        for _ in range(3):
+    async with serving(source_of(keys), limits=Limits(idle_s=1.0)) as server:
+        for _ in range(2):
             assert len(await pulled(transfer, server.address, Slots(keys).wanted)) == 1
             async with stranger(server.address) as connection:
                 await greet(connection, b"")

@@ -1,6 +1,7 @@
 """Workers and store nodes that say what a script has them say, over real gRPC; and a front end to talk with."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from perigee.workers.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_t
 from tests.scheduler.cluster import CARD, keys
 
 WAIT_S = 60.0  # for what must come; nothing here waits that long
+REPORT_S = 0.25  # as often as a worker reports; one that falls silent is taken to be gone
 
 _Value = TypeVar("_Value")
 
@@ -38,7 +40,7 @@ async def until(probe: Callable[[], Awaitable[_Value | None]]) -> _Value:
 
 
 class FakeWorker(WorkerServicer):
-    """Reports what it was last told to report, to whoever watches."""
+    """Reports what it was last told to report, to whoever watches, at once and every now and then."""
 
     def __init__(self, worker_id: str, role: str, incarnation: str = "1", **report: object) -> None:
         idle = WorkerReport(worker_id, incarnation, role, CARD, free_pages=100, total_pages=100, max_sequences=8)
@@ -63,7 +65,8 @@ class FakeWorker(WorkerServicer):
         while True:
             changed = self._changed
             yield report_to_pb(self.report)
-            await changed.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), REPORT_S)
 
     async def Attach(
         self, request_iterator: object, context: "grpc.aio.ServicerContext[worker_pb2.ToWorker, worker_pb2.FromWorker]"

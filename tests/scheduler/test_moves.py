@@ -24,7 +24,7 @@ from perigee.scheduler.view import ClusterView
 from perigee.workers import worker_pb2
 from tests.kvstore.conftest import HostedDirectory, hosted_directory  # noqa: F401  # a fixture
 from tests.kvstore.keys import ROOT, chain
-from tests.kvstore.nodes import config_of, put, running
+from tests.kvstore.nodes import acquainted, config_of, put, running
 from tests.scheduler.fakes import FakeWorker, living, until
 
 
@@ -77,6 +77,7 @@ async def test_copies_are_made_and_trimmed_and_roles_set_as_the_conductor_says(
         living(worker, f"unix:{tmp_path}/worker.sock", hosted_directory.target),
         driving(balance, hosted_directory) as driver,
     ):
+        await acquainted(store, origin)
         here, there = await store.connect(), await origin.connect()
         (await put(there, keys)).release()
         view = driver.conductor.view

@@ -1,6 +1,7 @@
 """The roles over real gRPC and a real store node: what is handed over, and that nothing stays behind."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -156,6 +157,9 @@ async def test_the_time_of_loading_is_without_the_wait_for_a_step(site: Site, mo
     monkeypatch.setattr(thread, "call", after_a_step)
     again = replace(sequence, ref=Ref("again"))
     with worker.client.open(again.ref) as channel:
+        began = time.monotonic()
         done = await prefilled(channel, again)
+        took_s = time.monotonic() - began
     assert delayed and done.cached_tokens_dram > 0
-    assert 0 < done.load_s < step_s <= done.queue_s
+    # However long the rest takes on a busy machine, the wait is in the one and not in the other.
+    assert step_s <= done.queue_s and 0 < done.load_s <= took_s - step_s
