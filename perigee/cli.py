@@ -93,6 +93,15 @@ COMMANDS = (
         serves=False,
     ),
     Command(
+        "simulate",
+        "the same on a simulated cluster, in virtual time, with the same scheduler and report",
+        "perigee.replay.simulator.command:SimulateConfig",
+        "perigee.replay.simulator.command:run",
+        errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
+        positional=("trace",),
+        serves=False,
+    ),
+    Command(
         "profile",
         "measures a cluster's workers and fits the Conductor's cost model",
         "perigee.profiling.config:ProfileConfig",
@@ -107,15 +116,6 @@ COMMANDS = (
         "perigee.replay.relive_command:run",
         errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
         positional=("recording",),
-        serves=False,
-    ),
-    Command(
-        "simulate",
-        "the same on a simulated cluster, in virtual time, with the same scheduler and report",
-        "perigee.replay.simulator.command:SimulateConfig",
-        "perigee.replay.simulator.command:run",
-        errors=("perigee.replay.errors:ReplayError", "perigee.scheduler.errors:SchedulerError"),
-        positional=("trace",),
         serves=False,
     ),
     Command(
@@ -209,7 +209,10 @@ def main() -> int:
     arguments = sys.argv[1:]
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            sys.stdout.write(_overview())
+            sys.stdout.write(_overview(COMMANDS))
+            return 0
+        if arguments[0] == "bench" and arguments[1:2] in ([], ["-h"], ["--help"]):
+            sys.stdout.write(_overview([command for command in COMMANDS if command.name.startswith("bench ")]))
             return 0
         return _run(*_find(arguments))
     except ConfigurationError as error:
@@ -223,9 +226,9 @@ def main() -> int:
         gc.freeze()
 
 
-def _overview() -> str:
-    width = max(len(command.name) for command in COMMANDS)
-    listing = "\n".join(f"  {command.name:{width}}  {command.summary}" for command in COMMANDS)
+def _overview(commands: Sequence[Command]) -> str:
+    width = max(len(command.name) for command in commands)
+    listing = "\n".join(f"  {command.name:{width}}  {command.summary}" for command in commands)
     return f"usage: perigee COMMAND [FLAGS]\n\n{listing}\n\n`perigee COMMAND --help` tells all about a command.\n"
 
 

@@ -173,6 +173,8 @@ def _problem(problem: ErrorDetails, model: type[BaseModel], origins: Mapping[str
     if problem["type"] == "extra_forbidden":
         return f"{origin}: no such field; allowed are {', '.join(model.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "tuple_type":
+        reason = "allowed is a list, or a text with commas between its values"
     if _is_secret(model.model_fields[name]):
         return f"{origin}: {reason}"
     return f"{origin}: {problem['input']!r}: {reason}"
@@ -182,8 +184,10 @@ def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "[required]"
     default = field.get_default(call_default_factory=True, validated_data={})
-    if default is None or default == "":
+    if default in (None, "", ()):
         return ""
+    if isinstance(default, bool):
+        return f"[default: {'yes' if default else 'no'}]"
     return f"[default: {default.human_readable() if isinstance(default, ByteSize) else _shown(default)}]"
 
 

@@ -29,7 +29,7 @@ from perigee.scheduler.scheduler_pb2 import ClusterRequest
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
 from perigee.server.config import ServerConfig
 from perigee.supervisor import Children, ChildSpec, run_directory
-from perigee.workers.config import Role, WorkerConfig
+from perigee.workers.config import MobaText, Role, WorkerConfig
 from perigee.workers.model.checkpoint import DEFAULT_MODEL, resolve
 from perigee.workers.model.errors import CheckpointError
 
@@ -61,7 +61,7 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     prefill: int = Field(1, ge=1, description="number of prefill workers of each store node")
     decode: int = Field(1, ge=1, description="number of decode workers of each store node")
     dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
-    moba: str = Field(_WORKER["moba"].default, description=_WORKER["moba"].description)
+    moba: MobaText = Field(_WORKER["moba"].default, description=_WORKER["moba"].description)
     block_tokens: int = Field(
         _WORKER["block_tokens"].default, ge=1, description="tokens a KVCache block, a power of two"
     )
@@ -90,8 +90,8 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     profile: Path | None = Field(
         None, description="cost model, as `perigee profile` writes it; without it: a rough one of the model's shape"
     )
-    placement: PlacementName = Field("perigee", description="policy that chooses the workers of a request")
-    admission: AdmissionName = Field("perigee", description="policy that decides which requests are served")
+    placement: PlacementName = Field(_SCHEDULER["placement"].default, description=_SCHEDULER["placement"].description)
+    admission: AdmissionName = Field(_SCHEDULER["admission"].default, description=_SCHEDULER["admission"].description)
     balance: BalanceName = Field(_SCHEDULER["balance"].default, description=_SCHEDULER["balance"].description)
     role_hold_s: float = Field(
         _SCHEDULER["role_hold_s"].default, gt=0, description=_SCHEDULER["role_hold_s"].description

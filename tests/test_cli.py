@@ -118,6 +118,10 @@ def test_a_problem_names_where_it_was_said_the_value_and_what_is_allowed(
         ("example: {count: x}", "example.count: 'x': Input should be a valid integer, unable to parse string"),
         ("example: {cuont: 1}", "example.cuont: no such field; allowed are name, count, kind, size, path, fast, many"),
         ("exmaple: {}", "exmaple: no such section; allowed are the sections example, other"),
+        (
+            "example: {many: {1: 2}}",
+            "example.many: {1: 2}: allowed is a list, or a text with commas",
+        ),
         ("example: 3", "example: holds a int, expected fields"),
         ("- 1", "holds a list; allowed are the sections example, other"),
         ("a: [", "while parsing a flow node"),
@@ -145,6 +149,26 @@ def test_the_command_alone_lists_all_commands() -> None:
     said = perigee()
     assert (said.returncode, said.stderr) == (0, "")
     assert all(f"  {command.name} " in said.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [("bench",), ("bench", "--help")])
+def test_bench_alone_lists_the_benchmarks(arguments: tuple[str, ...]) -> None:
+    said = perigee(*arguments)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert [f"  {command.name} " in said.stdout for command in COMMANDS] == [
+        command.name.startswith("bench ") for command in COMMANDS
+    ]
+
+
+def test_up_refuses_block_sparse_attention_that_cannot_be_read_before_it_starts_anything() -> None:
+    said = perigee("up", "--port=0", "--moba=block_size=512")
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr == "perigee: --moba: 'block_size=512': top_k: None; allowed are integers from 1 on\n"
+
+
+def test_the_help_tells_the_policies() -> None:
+    said = " ".join(perigee("up", "--help").stdout.split())
+    assert "workers of a request: perigee, global-cache, local-cache, least-loaded, round-robin, random." in said
 
 
 def test_an_unknown_command_is_refused_with_what_there_is() -> None:

@@ -58,11 +58,16 @@ class ConductorConfig(DirectoryUser, frozen=True, extra="forbid"):
         description="Cost model, as `perigee profile` writes it; without it: rough figures of a small model on a CPU.",
     )
     tick_s: float = Field(1.0, gt=0, description="How often the scheduler is told that time has passed, in seconds.")
-    placement: PlacementName = Field("perigee", description="Policy that chooses the workers of a request.")
-    admission: AdmissionName = Field("perigee", description="Policy that decides which requests are served.")
+    placement: PlacementName = Field(
+        "perigee", description=f"Policy that chooses the workers of a request: {', '.join(PLACEMENTS)}."
+    )
+    admission: AdmissionName = Field(
+        "perigee", description=f"Policy that decides which requests are served: {', '.join(ADMISSIONS)}."
+    )
     balance: BalanceName = Field(
         "roles",
-        description="Policy that copies blocks and moves workers between the pools, while nobody asks for it.",
+        description="Policy that copies blocks and moves workers between the pools, while nobody asks for it: "
+        f"{', '.join(BALANCES)}.",
     )
     role_hold_s: float = Field(
         DEFAULT_HOLD_S,

@@ -132,7 +132,7 @@ class GenerationRequest(_Model):
             if field in _UNSERVED and value not in _UNSERVED[field]:
                 raise _field_error(field, "this parameter is not served; leave it out", value)
         if self.stream_options is not None and not self.stream:
-            raise _field_error("stream_options", "only allowed with stream: true", self.stream_options)
+            raise _field_error("stream_options", "only allowed with stream: true", self.stream_options.model_dump())
         return self
 
     @property

@@ -1,11 +1,13 @@
 """What a worker is told at its start."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from perigee.kvstore.addresses import Advertise, DirectoryTarget, DirectoryUser, Listen
+from perigee.workers.model.errors import UnsupportedModel
+from perigee.workers.model.moba_config import OFF, MobaConfig
 
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -14,6 +16,19 @@ ROLES: tuple[Role, ...] = get_args(Role)
 def computes_prompts(role: Role) -> bool:
     """Whether a worker of this role is sent prompts. A decode worker gets the blocks of what others computed."""
     return role != "decode"
+
+
+def _readable_moba(text: str) -> str:
+    try:
+        if text not in ("", OFF):
+            MobaConfig.parse(text)
+    except UnsupportedModel as error:
+        raise ValueError(str(error).removeprefix("moba: ")) from error
+    return text
+
+
+# What the checkpoint is to be told of block-sparse attention: nothing, that it is off, or what it is.
+MobaText = Annotated[str, AfterValidator(_readable_moba)]
 
 
 class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
@@ -34,7 +49,7 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
         description="the cluster's directory: a gRPC target, or redis://host:port/0?prefix=NAME"
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of weights and KVCache")
-    moba: str = Field(
+    moba: MobaText = Field(
         default="",
         description="block-sparse attention, such as block_size=512,top_k=3 (further full_layers, min_length, and "
         "decode, which is full or moba), or off; default: as the checkpoint says",

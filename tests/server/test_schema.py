@@ -54,6 +54,11 @@ def test_a_bad_field_is_named(
     assert error.message.startswith(f"{param}: ")
 
 
+def test_a_refused_object_is_shown_as_it_was_sent() -> None:
+    error = refusal(CompletionRequest, COMPLETION | {"stream_options": {"include_usage": True}})
+    assert error.message == "stream_options: only allowed with stream: true; got {'include_usage': True}"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

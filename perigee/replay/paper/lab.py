@@ -13,6 +13,7 @@ from perigee.kvstore.evict import LRU
 from perigee.replay.cache_walk import Prompt, prompts_of, walk
 from perigee.replay.metrics import Outcome, Report, Slo, summarize
 from perigee.replay.paper.clusters import mooncake
+from perigee.replay.paper.interrupts import end_silently, held
 from perigee.replay.series import Sample
 from perigee.replay.simulator.cluster import Cluster
 from perigee.replay.simulator.machine import machine_of
@@ -78,8 +79,9 @@ class Lab:
         waiting = [trial for trial in dict.fromkeys(trials) if trial not in self._results]
         # A process that has threads must not be forked; and a fresh one for each trial gives its memory back.
         context = get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
-            futures = {pool.submit(_run, trial, self.trace, self.limit): trial for trial in waiting}
+        with ProcessPoolExecutor(os.cpu_count(), context, end_silently, max_tasks_per_child=1) as pool:
+            with held():
+                futures = {pool.submit(_run, trial, self.trace, self.limit): trial for trial in waiting}
             for future in as_completed(futures):
                 self._results[futures[future]] = Result(future.result())
                 done()
