@@ -25,7 +25,9 @@ NAMES = ["conductor", "decode-0", "prefill-0", "server", "store-0"]
 @pytest.fixture
 def starting(tiny_llama: Path, tmp_path: Path) -> Iterator[Cluster]:
     """A cluster whose processes were started a moment ago and are still on their way."""
-    with cluster(tmp_path, f"--model={tiny_llama}", "--served-model-name=tiny", "--dtype=float32") as started:
+    # However slow the machine, each has time to end by itself.
+    flags = (f"--model={tiny_llama}", "--served-model-name=tiny", "--dtype=float32", "--grace-s=50")
+    with cluster(tmp_path, *flags) as started:
         wait_started(started)
         yield started
 

@@ -131,8 +131,8 @@ def _model_s(times: Times) -> float:
 def _results(config: MobaBenchConfig, times: dict[int, tuple[Times, Times]]) -> dict[str, Any]:
     """Speed-ups are full over sparse; `exponent` is that of the time between the two longest lengths."""
     return {
-        "attention_speedup": {str(n): round(a.attention_s / b.attention_s, 2) for n, (a, b) in times.items()},
-        "model_speedup": {str(n): round(a.model_s / b.model_s, 2) for n, (a, b) in times.items()},
+        "attention_speedup": {str(n): round(a.attention_s / b.attention_s, 4) for n, (a, b) in times.items()},
+        "model_speedup": {str(n): round(a.model_s / b.model_s, 4) for n, (a, b) in times.items()},
         "gate_share": {str(n): round(b.gate_s / b.attention_s, 4) for n, (_, b) in times.items()},
         "exponent": _exponent({n: b.attention_s for n, (_, b) in times.items()}),
         "model_exponent": _exponent({n: b.model_s for n, (_, b) in times.items()}),

@@ -1,10 +1,10 @@
 """A cluster on this machine whose workers have one thread and one core each, so that none disturbs another."""
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class RunningCluster:
     url: str
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def running(model: str, flags: Sequence[str], log: Path) -> AsyncIterator[RunningCluster]:
     """`perigee up` on a free port, as a process, ended afterwards. Raises BenchError if it does not come up."""
     arguments = ("up", f"--model={model}", "--port=0", "--threads=1", *flags)
@@ -44,7 +44,8 @@ def pin(pids: Sequence[int]) -> bool:
     cores = sorted(os.sched_getaffinity(0))
     for index, pid in enumerate(pids):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {cores[index % len(cores)]})
+            with contextlib.suppress(ProcessLookupError):  # threads come and go
+                os.sched_setaffinity(int(thread.name), {cores[index % len(cores)]})
     return len(pids) <= len(cores)
 
 

@@ -115,6 +115,6 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps(line(index)) + "\n" for index in range(2)))
     command = [sys.executable, "-m", "perigee", "bench", "fidelity", str(trace), "--model=/nowhere"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 1
     assert "perigee bench fidelity: model: the cluster for '/nowhere' did not start" in ended.stderr

@@ -67,12 +67,16 @@ class Member:
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether no sequence is there, no page is taken, and no block is leased, reserved or orphaned."""
+        """Whether no sequence is there, no page is taken, and no block is leased, reserved or orphaned.
+
+        Who has not answered in time, or not reported yet, shows nothing but zeros, and is not known to be at rest.
+        """
         load = self.load
         if self.role == "store":
-            return not (load["leased_blocks"] or load["reserved_blocks"] or load["orphaned_blocks"])
+            busy = load["leased_blocks"] + load["reserved_blocks"] + load["orphaned_blocks"]
+            return not busy and load["num_slots"] > 0
         sequences = load["running_sequences"] + load["queued_sequences"]
-        return not sequences and load["free_pages"] == load["total_pages"]
+        return not sequences and 0 < load["total_pages"] == load["free_pages"]
 
 
 Members = Mapping[str, Member]

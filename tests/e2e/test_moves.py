@@ -27,6 +27,8 @@ from tests.e2e.reference import Reference
 
 pytestmark = pytest.mark.slow
 
+MANY_TOKENS = 2000  # of a stream that goes on while workers are told to end
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -129,10 +131,10 @@ async def test_workers_change_pools_while_requests_go_on(three: Cluster, referen
 async def test_a_worker_that_is_told_to_end_ends_its_streams_first(three: Cluster) -> None:
     endpoint = three.endpoint
     prompt = random_prompt(50, endpoint.vocabulary.size, "drains")
-    undisturbed = await endpoint.complete(prompt, 800)
+    undisturbed = await endpoint.complete(prompt, MANY_TOKENS)
     failed = await endpoint.metric("perigee_failed_attempts_total")
     received: list[int] = []
-    async with aclosing(endpoint.stream(prompt, 800)) as tokens:
+    async with aclosing(endpoint.stream(prompt, MANY_TOKENS)) as tokens:
         async for token in tokens:
             received.append(token)
             if len(received) == 20:
@@ -149,9 +151,9 @@ async def test_told_twice_it_ends_at_once_and_its_streams_go_on_elsewhere(three:
     endpoint = three.endpoint
     await endpoint.until(lambda members: len(members) == 4)
     prompt = random_prompt(60, endpoint.vocabulary.size, "told twice")
-    undisturbed = await endpoint.complete(prompt, 800)
+    undisturbed = await endpoint.complete(prompt, MANY_TOKENS)
     received: list[int] = []
-    async with aclosing(endpoint.stream(prompt, 800)) as tokens:
+    async with aclosing(endpoint.stream(prompt, MANY_TOKENS)) as tokens:
         async for token in tokens:
             received.append(token)
             if len(received) == 20:

@@ -26,6 +26,8 @@ from tests.e2e.reference import Reference
 
 pytestmark = pytest.mark.slow
 
+MANY_TOKENS = 1500  # of a stream that goes on while a store node is found and killed
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -87,9 +89,9 @@ async def test_a_stream_survives_the_death_of_a_store_node(whole: Cluster) -> No
     endpoint = whole.endpoint
     await endpoint.until(lambda members: len(members) == 6)
     prompt = random_prompt(100, endpoint.vocabulary.size, "a node dies")
-    undisturbed = await endpoint.complete(prompt, 600)
+    undisturbed = await endpoint.complete(prompt, MANY_TOKENS)
     received: list[int] = []
-    async with aclosing(endpoint.stream(prompt, 600)) as tokens:
+    async with aclosing(endpoint.stream(prompt, MANY_TOKENS)) as tokens:
         async for token in tokens:
             received.append(token)
             if len(received) == 20:
@@ -131,7 +133,7 @@ async def test_a_disk_that_fails_while_serving_is_a_metric_and_no_error(
     fields = {"nodes": 1, "dram_bytes": "1MiB", "ssd_folder": tmp_path / "ssd", "ssd_bytes": "64MiB"}
     with _cluster(tiny_llama, vocabulary, tmp_path, **fields) as cluster:
         endpoint = cluster.endpoint
-        await endpoint.until(lambda members: len(members) == 3)
+        await endpoint.until(lambda members: len(members) == 3 and members["store-0"].load["ssd_state"] == "SSD_ON")
         for number in range(200):
             prompt = random_prompt(100, vocabulary.size, f"disk {number}")
             answer = await endpoint.complete(prompt, 4)

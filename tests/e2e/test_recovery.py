@@ -18,6 +18,7 @@ from tests.e2e.reference import Reference
 pytestmark = pytest.mark.slow
 
 NUM_MEMBERS = 5
+MANY_TOKENS = 1500  # of a stream that goes on while workers are found and killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,10 @@ async def test_a_stream_goes_on_without_its_decode_worker_and_no_token_comes_twi
 ) -> None:
     endpoint = cluster.endpoint
     prompt = random_prompt(100, endpoint.vocabulary.size, "decode dies")
-    undisturbed = await endpoint.complete(prompt, 800, **sampling)
+    undisturbed = await endpoint.complete(prompt, MANY_TOKENS, **sampling)
     lost = await endpoint.metric("perigee_failed_attempts_total", code="lost")
     received = []
-    async with aclosing(endpoint.stream(prompt, 800, **sampling)) as tokens:
+    async with aclosing(endpoint.stream(prompt, MANY_TOKENS, **sampling)) as tokens:
         async for token in tokens:
             received.append(token)
             if len(received) == 20:
@@ -95,9 +96,9 @@ async def test_prompts_are_computed_elsewhere_when_their_prefill_worker_dies(
 async def test_a_stream_waits_for_a_decode_worker_when_none_is_left(cluster: Cluster) -> None:
     endpoint = cluster.endpoint
     prompt = random_prompt(50, endpoint.vocabulary.size, "all die")
-    undisturbed = await endpoint.complete(prompt, 800)
+    undisturbed = await endpoint.complete(prompt, MANY_TOKENS)
     received = []
-    async with aclosing(endpoint.stream(prompt, 800)) as tokens:
+    async with aclosing(endpoint.stream(prompt, MANY_TOKENS)) as tokens:
         async for token in tokens:
             received.append(token)
             if len(received) == 20:
