@@ -120,8 +120,7 @@ class Conductor:
         if not self.view.forecast.num_prefilling:
             self.view.ranks.idle(now)
         pools = _avoiding(pools, failed).preferring_room(self.view.demand(event))
-        plan = self._policies.placement.place(self.view, pools, event, now)
-        refusal = self._policies.admission.admit(self.view, event, plan, now)
+        plan, refusal = self._policies.plan(self.view, pools, event, now)
         shadow = self.shadow.judge(self.view, pools, event, plan, refusal, now) if self.shadow else None
         if refusal:
             self.view.shares.refused(event.tenant, now)
@@ -260,5 +259,5 @@ def _avoiding(pools: Pools, failed: FailedAttempt | None) -> Pools:
     """Without the worker that just failed the request, if others can serve it."""
     if failed is None:
         return pools
-    others = pools.without(failed.worker_id)
+    others = pools.without({failed.worker_id})
     return others if others.can_serve else pools

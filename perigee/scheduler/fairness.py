@@ -109,6 +109,7 @@ class Shares:
 
     def refused(self, tenant: str, now: float) -> None:
         """A request was turned away for want of room."""
+        self._forget(now)
         self._join(tenant)
         self._refused_at.pop(tenant, None)
         self._refused_at[tenant] = now
@@ -116,7 +117,7 @@ class Shares:
     def is_above(self, tenant: str, now: float) -> bool:
         """Whether the tenant holds more than its fair share while another one was turned away lately."""
         self._forget(now)
-        if not self._refused_at.keys() - {tenant}:
+        if len(self._refused_at) == (tenant in self._refused_at):  # nobody, or nobody else
             return False
         return self._pages.get(tenant, 0) * self._weight > self._held * self._weight_of(tenant)
 

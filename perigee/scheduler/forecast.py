@@ -89,6 +89,10 @@ class Forecast:
         outlook = self._outlooks.get(worker.id)
         return outlook.tightest_tbt_s if outlook else np.inf
 
+    def stricter(self, tbt_s: float) -> set[WorkerId]:
+        """The decode workers with a request that was promised a TBT below this."""
+        return {worker for worker, outlook in self._outlooks.items() if outlook.tightest_tbt_s < tbt_s}
+
     def last_start(self, worker: WorkerView) -> float:
         """When the last of the requests on a decode worker is predicted to join; minus infinity if there is none."""
         outlook = self._outlooks.get(worker.id)

@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 _PER_OCTAVE = 16
 _NUM_BUCKETS = 20 * _PER_OCTAVE  # up to a million tokens
 _NUM_ROWS = 256  # groups that are told apart; the one that learned least recently gives way
+_NUM_NUMBERS = 256 * _NUM_ROWS  # of groups that gave way, so many are not mistaken for those that took their rows
 _NUM_LIMITS = 256
 _HALF_LIFE = 500.0  # in answers of a group
 _KEPT = 0.5 ** (1 / _HALF_LIFE)
@@ -35,10 +36,10 @@ _UNKNOWN = 1e-3
 
 
 class Odds(NamedTuple):
-    """What is expected of one answer: a row of the table, its limit in tokens, the probability to reach the limit, and
-    the one to be longer than that, were there no limit."""
+    """What is expected of one answer: the number of its group, its limit in tokens, the probability to reach the limit,
+    and the one to be longer than that, were there no limit."""
 
-    row: int
+    group: int
     limit: float
     reaches: float
     beyond: float
@@ -50,12 +51,16 @@ class _Group:
     the table, once it is asked for.
     """
 
-    row: int
+    number: int
     parent: "_Group | None" = None
     longer: Floats = field(default_factory=lambda: np.zeros(_NUM_BUCKETS + 1))
     total: float = 0.0
     num_added: int = 0
     num_shown: int = -1  # answers, its parents' included, that its row in the table shows
+
+    @property
+    def row(self) -> int:
+        return self.number % _NUM_ROWS
 
     def add(self, bucket: int) -> None:
         self.longer *= _KEPT
@@ -84,6 +89,7 @@ class LengthModel:
 
     def __init__(self) -> None:
         self._survival = np.zeros((_NUM_ROWS, _NUM_BUCKETS + 1))  # P(longer than the bucket's lower edge)
+        self._rows = np.arange(_NUM_NUMBERS) % _NUM_ROWS  # by number; of what gave way, the row of all
         self._root = _Group(0)
         self._groups: dict[tuple[str, int], _Group] = {}  # by tenant ("" for all) and prompt; oldest learner first
         self._reaching = _Reaching()
@@ -95,7 +101,7 @@ class LengthModel:
         """An answer to a prompt of `num_tokens` has ended."""
         reached = output_tokens >= max_tokens
         self._reaching.add(reached)
-        for owner in {"", tenant}:
+        for owner in ("", tenant) if tenant else ("",):
             self._limit_of(owner, max_tokens).add(reached)
         if not reached:
             bucket = min(_NUM_BUCKETS - 1, int(_position(output_tokens)))
@@ -115,12 +121,18 @@ class LengthModel:
     def _touch(self, name: tuple[str, int]) -> _Group:
         group = self._groups.pop(name, None)
         if group is None:
-            row = len(self._groups) + 1
-            if row == _NUM_ROWS:
-                row = self._groups.pop(next(iter(self._groups))).row
-            group = _Group(row)
+            number = len(self._groups) + 1
+            group = _Group(number if number < _NUM_ROWS else self._give_way())
         self._groups[name] = group
         return group
+
+    def _give_way(self) -> int:
+        """Forgets the group that learned least recently. Returns the next number of its row."""
+        oldest = self._groups.pop(next(iter(self._groups)))
+        self._rows[oldest.number] = self._root.row  # answers are still running of which its number is known
+        number = (oldest.number + _NUM_ROWS) % _NUM_NUMBERS
+        self._rows[number] = oldest.row
+        return number
 
     def _limit_of(self, tenant: str, max_tokens: int) -> _Reaching:
         name = (tenant, max_tokens.bit_length())
@@ -138,19 +150,19 @@ class LengthModel:
         self._refresh(group)
         beyond = self._beyond(group.row, max_tokens)
         reaches = self._reaches(tenant, max_tokens.bit_length()) if beyond < 1.0 - _UNKNOWN else 1.0
-        return Odds(group.row, float(max_tokens), reaches, beyond)
+        return Odds(group.number, float(max_tokens), reaches, beyond)
 
     def survival(self, odds: Odds, generated: float) -> float:
         """P(the answer has more than `generated` tokens): 1 at 0, falling, and 0 from the limit on."""
-        row, limit, reaches, beyond = (np.array([value]) for value in odds)
-        return float(self.survivals(row, limit, reaches, beyond, np.array([float(generated)]))[0])
+        group, limit, reaches, beyond = (np.array([value]) for value in odds)
+        return float(self.survivals(group, limit, reaches, beyond, np.array([float(generated)]))[0])
 
     def survivals(
-        self, row: NDArray[np.intp], limit: Floats, reaches: Floats, beyond: Floats, generated: Floats
+        self, group: NDArray[np.intp], limit: Floats, reaches: Floats, beyond: Floats, generated: Floats
     ) -> Floats:
         """The same for many answers; `generated` is [answers], or [times, answers] for several counts of each."""
         slope = (1.0 - reaches) / np.maximum(1.0 - beyond, _UNKNOWN)
-        longer = reaches + slope * np.maximum(self._unlimited(row, generated) - beyond, 0.0)
+        longer = reaches + slope * np.maximum(self._unlimited(self._rows[group], generated) - beyond, 0.0)
         return longer * (generated < limit)
 
     def _reaches(self, tenant: str, magnitude: int) -> float:

@@ -14,7 +14,7 @@ from perigee.scheduler.worker_view import DecodeLoad
 Floats = NDArray[np.float64]
 
 # Rows of the table: one column for each request.
-_STARTS, _JOINED, _BORN, _ROW, _LIMIT, _REACHES, _BEYOND, _CONTEXT, _PAGES, _TBT, _WORK = range(11)
+_STARTS, _JOINED, _BORN, _GROUP, _LIMIT, _REACHES, _BEYOND, _CONTEXT, _PAGES, _TBT, _WORK = range(11)
 _NUM_FIELDS = 11
 
 _TINY = 1e-300
@@ -77,10 +77,10 @@ class Outlook:
         count = len(self._columns)
         if count == self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
-        row, limit, reaches, beyond = coming.odds
+        group, limit, reaches, beyond = coming.odds
         born = 0.0  # not yet
         self._table[:, count] = (
-            coming.starts_at, 0.0, born, row, limit, reaches, beyond,
+            coming.starts_at, 0.0, born, group, limit, reaches, beyond,
             coming.context_tokens, coming.pages, coming.tbt_s, coming.work_s,
         )  # fmt: skip
         self._columns[key] = count
@@ -209,8 +209,8 @@ class Outlook:
 
 def _still_there(table: Floats, lengths: LengthModel, age: Floats, later: Floats) -> Floats:
     """P(a sequence is longer than `later`, given that it is longer than `age`): [times, sequences]."""
-    row = table[_ROW].astype(np.intp)
+    group = table[_GROUP].astype(np.intp)
     columns = table[_LIMIT], table[_REACHES], table[_BEYOND]
-    longer = lengths.survivals(row, *columns, np.concatenate([age[None], later]))
+    longer = lengths.survivals(group, *columns, np.concatenate([age[None], later]))
     still_there: Floats = longer[1:] / np.maximum(longer[0], _TINY)  # of what is past its limit nothing is left later
     return still_there

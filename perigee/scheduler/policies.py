@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perigee.scheduler.admission import Admission, AtDecode, Early, Foresight, Open, Prediction
+from perigee.scheduler.admission import Admission, AtDecode, Early, Foresight, Open, Prediction, Refusal
 from perigee.scheduler.balance import Balance, Copies, Roles, Several, Still
 from perigee.scheduler.balance.roles import DEFAULT_HOLD_S
+from perigee.scheduler.events import RequestArrived
 from perigee.scheduler.placement import (
     Algorithm1,
     CheaperFetch,
@@ -16,6 +17,9 @@ from perigee.scheduler.placement import (
     RoundRobin,
     ThresholdFetch,
 )
+from perigee.scheduler.plan import Plan
+from perigee.scheduler.pools import Pools
+from perigee.scheduler.view import ClusterView
 
 PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "perigee": lambda: Algorithm1(CheaperFetch(), price=1.0),
@@ -58,6 +62,18 @@ class Policies:
     admission: Admission
     balance: Balance
     names: PolicyNames = PolicyNames()
+
+    def plan(self, view: ClusterView, pools: Pools, request: RequestArrived, now: float) -> tuple[Plan, Refusal | None]:
+        """Where the request goes, and why it is not let in, if it is not. What is refused for a promise to others that
+        is stricter than its own is tried once more, on the decode workers where nobody was promised as much.
+        """
+        plan = self.placement.place(view, pools, request, now)
+        refusal = self.admission.admit(view, request, plan, now)
+        if refusal is not None and refusal.for_others:
+            lax = pools.without(view.forecast.stricter(request.slo.tbt_s))
+            if lax.can_serve:
+                return self.plan(view, lax, request, now)
+        return plan, refusal
 
 
 def parse_policies(text: str) -> PolicyNames:

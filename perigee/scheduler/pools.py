@@ -1,6 +1,6 @@
 """Sets of workers that a policy may choose from."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,8 +119,8 @@ class Pools:
         with_room = self.with_room(demand)
         return with_room if with_room.can_serve else self
 
-    def without(self, worker_id: WorkerId) -> "Pools":
-        others = np.array([worker is None or worker.id != worker_id for worker in self.fleet.workers])
+    def without(self, worker_ids: Collection[WorkerId]) -> "Pools":
+        others = np.array([worker is None or worker.id not in worker_ids for worker in self.fleet.workers])
         return self._only(prefill=others, decode=others)
 
     def _only(self, prefill: NDArray[np.bool_], decode: NDArray[np.bool_]) -> "Pools":

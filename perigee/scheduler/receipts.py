@@ -42,7 +42,7 @@ class Outcome(StrEnum):
     REJECTED = "rejected"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    LOST = "lost"  # its server's stream broke, and nothing was heard of it since
+    LOST = "lost"  # its server's stream broke or asked again, and nothing was heard of it since
 
 
 @dataclass(slots=True)
@@ -136,6 +136,8 @@ class Receipts:
         """A request arrived, was planned for, and got this answer."""
         key = (request.ref.request_id, request.ref.choice)
         receipt = self._receipt(key, request)
+        if receipt.attempts and receipt.attempts[-1].outcome is Outcome.RUNNING:  # this one takes its place
+            receipt.attempts[-1].end(Outcome.LOST, now)
         dispatch = answer if isinstance(answer, Dispatch) else None
         rejection = answer if isinstance(answer, Reject) else None
         number = request.ref.attempt

@@ -72,6 +72,7 @@ class Roster:
             and not report.draining
             and not worker.draining
             and not worker.excluded
+            and (report.max_sequences > 0 or report.role == "prefill")
             and now - worker.reported_at <= STALE_AFTER_S
             and worker.store in self._stores
         )

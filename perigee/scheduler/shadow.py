@@ -86,8 +86,8 @@ class Shadow:
         self, view: ClusterView, pools: Pools, request: RequestArrived, ours: Plan, refusal: Refusal | None, now: float
     ) -> Verdict:
         """Its own decision about what was just decided as `ours` and `refusal`, and is not on the books yet."""
-        plan = self.policies.placement.place(view, pools, request, now)
-        verdict = Verdict(plan, self.policies.admission.admit(view, request, plan, now))
+        plan, theirs = self.policies.plan(view, pools, request, now)
+        verdict = Verdict(plan, theirs)
         self._count(verdict, ours, refusal)
         if self._on_judged:
             self._on_judged(Decision.of(ours, refusal), Decision.of(plan, verdict.refusal))

@@ -285,6 +285,8 @@ class ClusterView:
         if self.card is None:
             self.card = report.card
         worker.excluded = _identity(report.card) != _identity(self.card)
+        if worker.excluded:
+            self._elect_card()  # it may have been the last to show the cluster's
         self.fleet.refresh(worker)
         self._roster.heard(worker, now)
 
@@ -323,7 +325,7 @@ class ClusterView:
         """Takes in what changed on a store node. False if events are missing before these, which are then unused."""
         store = self.stores.get(events.node_id)
         if events.snapshot:
-            self.prefixes.forget(events.node_id)
+            self._forget_blocks(events.node_id)
         elif store is None or not store.continues_with(events):
             return False
         self.prefixes.apply(events.node_id, events.events)
@@ -338,9 +340,14 @@ class ClusterView:
         store = self.stores.get(node_id)
         if store is not None and store.incarnation == incarnation:
             del self.stores[node_id]
-            self.transfers.forget(self.prefixes.numbers[node_id])
-            self.prefixes.forget(node_id)
+            self._forget_blocks(node_id)
             self._roster.changed()
+
+    def _forget_blocks(self, node_id: NodeId) -> None:
+        """Of a node that is lost or tells anew. Its number may then be another's, who has nothing to transfer yet."""
+        if (number := self.prefixes.numbers.get(node_id)) is not None:
+            self.transfers.forget(number)
+            self.prefixes.forget(node_id)
 
     def _elect_card(self) -> None:
         """The first worker's card is the cluster's for as long as anyone shows it; then the next one's is."""
@@ -351,6 +358,7 @@ class ClusterView:
             worker.excluded = worker.report is not None and (
                 self.card is None or _identity(worker.report.card) != _identity(self.card)
             )
+        self._roster.changed()
 
     def _cards(self) -> Iterator[ModelCard]:
         return (worker.report.card for worker in self.workers.values() if worker.report is not None)

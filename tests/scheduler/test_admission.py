@@ -122,8 +122,29 @@ def test_too_large_when_no_decode_worker_could_ever_hold_it() -> None:
 def test_too_large_when_no_prefill_worker_could_ever_hold_the_prompt() -> None:
     cluster = one_of_each(prefill=0)
     cluster.add_worker("p0", "prefill", free_pages=10, total_pages=10)
-    assert cluster.reject("r", num_tokens=321).reason is RejectReason.TOO_LARGE
+    reject = cluster.reject("r", num_tokens=321)
+    assert reject.reason is RejectReason.TOO_LARGE
+    assert reject.message == "the prompt takes 11 pages of KVCache; the largest prefill worker has 10"
     cluster.dispatch("r", num_tokens=320, max_tokens=1000, attempt=1)
+
+
+def test_not_too_large_for_good_while_a_worker_that_could_hold_it_takes_no_work() -> None:
+    cluster = one_of_each()
+    cluster.add_worker("big", "decode", free_pages=1000, total_pages=1000)
+    cluster.report("big", "decode", free_pages=1000, total_pages=1000, draining=True)
+    reject = cluster.reject("r", num_tokens=3000, max_tokens=3000)
+    assert reject.reason is RejectReason.UNAVAILABLE
+    assert reject.retry_after_s > 0
+    cluster.hear(WorkerLost(WorkerId("big"), "1"))
+    assert cluster.reject("r", num_tokens=3000, max_tokens=3000).reason is RejectReason.TOO_LARGE
+
+
+def test_a_worker_without_a_place_for_any_sequence_gets_nothing() -> None:
+    cluster = one_of_each(decode=0)
+    cluster.add_worker("d0", "decode", max_sequences=0)
+    assert cluster.reject("r").reason is RejectReason.UNAVAILABLE
+    cluster.add_worker("d1", "decode")
+    assert cluster.dispatch("r", attempt=1).decode.id == "d1"
 
 
 @pytest.mark.parametrize(("num_tokens", "max_tokens"), [(1, 0), (32, 1), (32, 2), (33, 31), (33, 32), (600, 5000)])
@@ -141,8 +162,18 @@ def test_too_large_when_no_store_node_has_slots_for_the_blocks_of_the_prompt() -
     cluster.add_store(num_slots=10)
     reject = cluster.reject("r", num_tokens=321)
     assert (reject.reason, reject.retry_after_s) == (RejectReason.TOO_LARGE, 0.0)
-    assert reject.message == "the prompt has 11 blocks of KVCache; the largest store node has 10 slots"
+    assert reject.message == (
+        "the prompt has 11 blocks of KVCache; the largest store node of a prefill worker has 10 slots"
+    )
     cluster.dispatch("r", num_tokens=320, max_tokens=1000, attempt=1)
+
+
+def test_too_many_blocks_names_the_phase_whose_store_nodes_are_too_small() -> None:
+    cluster = Cluster()
+    for node, num_slots, role in ((NodeId("large"), 100, "prefill"), (NodeId("small"), 10, "decode")):
+        cluster.add_store(node, num_slots=num_slots)
+        cluster.add_worker(role, role, node)
+    assert "the largest store node of a decode worker has 10 slots" in cluster.reject("r", num_tokens=321).message
 
 
 def test_a_prompt_goes_to_the_store_node_that_has_slots_for_it() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from perigee.scheduler.admission.headroom import Headroom
 from perigee.scheduler.admission.margin import Margin
-from perigee.scheduler.commands import Proceed, Reject, RejectReason
+from perigee.scheduler.commands import Dispatch, Proceed, Reject, RejectReason
 from perigee.scheduler.ids import RequestKey, WorkerId
 from perigee.scheduler.policies import ADMISSIONS
 from perigee.scheduler.slo import Slo
@@ -104,6 +104,35 @@ def test_the_default_refuses_by_the_tbt_promised_to_others() -> None:
         start(cluster, f"strict{index}", slo=Slo(tbt_s=0.016), max_tokens=2000)
     lengths = [cluster.arrive(f"lax{index}", max_tokens=2000) for index in range(4)]
     assert isinstance(lengths[-1][0], Reject)
+
+
+def test_who_is_refused_as_its_prompt_ends_is_told_when_the_others_will_have_made_room() -> None:
+    cluster = cluster_of("at-decode", max_sequences=1)
+    for index in range(12):  # from which it learns how long answers are
+        start(cluster, f"earlier{index}", num_tokens=1000, max_tokens=1000, salt=index)
+        cluster.finish(f"earlier{index}", output_tokens=200)
+    dispatch = cluster.dispatch("first", num_tokens=1000, max_tokens=1000)
+    cluster.dispatch("second", num_tokens=1000, max_tokens=1000)
+    only(cluster.prefill_done("first"), Proceed)
+    cluster.joined("first")
+    cluster.now += 1.0
+    left_s = 200 * dispatch.predicted_tbt_s - 1.0
+    assert only(cluster.prefill_done("second"), Reject).retry_after_s == pytest.approx(left_s, rel=0.1)
+
+
+def test_one_strict_promise_does_not_keep_others_off_the_workers_without_one() -> None:
+    cluster = one_of_each(decode=2)
+    start(cluster, "strict", slo=Slo(tbt_s=0.0135), max_tokens=300)
+    lax = [cluster.arrive(f"lax{index}", max_tokens=300, salt=index)[0] for index in range(8)]
+    chosen = [answer.decode.id for answer in lax if isinstance(answer, Dispatch)]
+    assert len(chosen) == 8
+    assert set(chosen[3:]) == {"d1"}
+
+
+def test_a_prompt_that_waits_for_none_is_held_to_the_whole_ttft_whatever_its_priority() -> None:
+    cluster = one_of_each()
+    cluster.dispatch("r", num_tokens=950, priority=-1, slo=Slo(ttft_s=1.0))
+    assert isinstance(cluster.arrive("waits", num_tokens=1, priority=-1, slo=Slo(ttft_s=1.0))[0], Reject)
 
 
 def test_the_default_knows_that_answers_will_have_ended() -> None:

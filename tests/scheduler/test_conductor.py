@@ -11,7 +11,7 @@ from perigee.scheduler.ids import RequestKey, ServerId, WorkerId
 from perigee.scheduler.view import ClusterView, Phase
 from perigee.scheduler.worker_view import DecodeLoad
 from perigee.workers.engine.sequence import Ref
-from tests.scheduler.cluster import BLOCK_TOKENS, CARD, SERVER, STORE, Cluster, keys, one_of_each
+from tests.scheduler.cluster import BLOCK_TOKENS, CARD, SERVER, STORE, Cluster, keys, one_of_each, only
 
 OTHER_SERVER = ServerId("server-2")
 
@@ -249,6 +249,15 @@ def test_once_nobody_shows_the_first_card_the_next_ones_counts() -> None:
     assert cluster.reject("r").reason is RejectReason.UNAVAILABLE
     cluster.hear(WorkerLost(WorkerId("d0"), "1"))
     assert cluster.dispatch("r", attempt=1).prefill.id == "m1"
+
+
+def test_a_card_that_its_last_worker_gives_up_is_the_clusters_no_longer() -> None:
+    cluster = one_of_each()
+    card = replace(CARD, weights_digest="next")
+    only(cluster.report("p0", "prefill", card=card), Exclude)
+    assert cluster.reject("r").reason is RejectReason.UNAVAILABLE
+    assert cluster.report("d0", "decode", card=card) == []
+    cluster.dispatch("r", attempt=1)
 
 
 def test_step_times_are_learned_from_new_steps_of_decoding_workers_only() -> None:

@@ -182,6 +182,20 @@ def test_the_last_copy_is_never_trimmed() -> None:
     assert cluster.tick(60.0) == []
 
 
+def test_copies_that_their_nodes_evicted_do_not_keep_others_from_being_trimmed() -> None:
+    cluster = Several(num_slots=100)
+    log, node = cluster.conductor.view.copy_log, NODES[0]
+    for index in range(2000):
+        log.add(node, keys(3 * BLOCK_TOKENS, salt=1000 + index), cluster.now)
+    long = keys(96 * BLOCK_TOKENS)
+    cluster.blocks(node, long)
+    cluster.blocks(NODES[1], long[:3])
+    log.add(node, long[:3], cluster.now)
+    said = [each for _ in range(5) for each in cluster.tick(10.0)]
+    assert said == [Trim(node, long[:3])]
+    assert not len(log)
+
+
 def test_two_nodes_that_are_both_short_of_room_keep_their_copies() -> None:
     cluster = Several("least-loaded", FULL)
     log = cluster.conductor.view.copy_log

@@ -183,3 +183,10 @@ def test_all_that_is_given_back_leaves_nothing(taken: list[tuple[str, int]]) -> 
         shares.give_back(tenant, pages)
     assert not shares.is_above("a", 100.0)
     assert (shares._held, shares._weight, shares._pages) == (0, 0.0, {})
+
+
+def test_the_memory_of_refusals_is_bounded_though_nobody_asks_for_shares() -> None:
+    shares = Shares()
+    for index in range(10_000):
+        shares.refused(f"t{index}", 0.01 * index)
+    assert len(shares._refused_at) <= 4097

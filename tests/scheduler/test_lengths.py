@@ -103,5 +103,15 @@ def test_memory_is_bounded_however_many_tenants_there_are() -> None:
     model = LengthModel()
     for index in range(2000):
         model.observe(1 << (index % 17), 1 << (index % 13), f"tenant-{index}", 1)
-    rows = {model.odds(1 << (index % 17), 100, f"tenant-{index}").row for index in range(2000)}
-    assert max(rows) < 256
+    assert len(model._groups) < 256
+
+
+def test_an_answer_whose_group_gives_way_is_not_taken_for_one_of_the_group_that_takes_its_place() -> None:
+    model = learned([(1000, 4000, "a", 20)] * 200)
+    odds = model.odds(1000, 4000, "a")
+    for index in range(1000):
+        model.observe(1000, 4000, "busy", 20)
+        if index % 3 == 0:
+            model.observe(60, 4000, f"long{index}", 3000)
+            model.odds(60, 4000, f"long{index}")
+    assert model.survival(odds, 500) < 0.6  # as all of them

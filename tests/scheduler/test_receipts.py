@@ -4,15 +4,16 @@ import json
 import math
 from dataclasses import replace
 
+from perigee.kvstore.messages import BlockEvent, Tier
 from perigee.scheduler.commands import Dispatch, Reject
 from perigee.scheduler.conductor import Conductor
-from perigee.scheduler.events import Cancelled, Finished, PrefillDone, RequestArrived, ServerLost, Tick
+from perigee.scheduler.events import BlockEvents, Cancelled, Finished, PrefillDone, RequestArrived, ServerLost, Tick
 from perigee.scheduler.ids import ServerId
 from perigee.scheduler.receipt_json import document
 from perigee.scheduler.receipts import MAX_ATTEMPTS, PATIENCE_S, Outcome, Receipt
 from perigee.scheduler.slo import Slo
 from perigee.workers.engine.sequence import Ref
-from tests.scheduler.cluster import PROFILE, SERVER, Cluster, keys, one_of_each, only
+from tests.scheduler.cluster import PROFILE, SERVER, STORE, Cluster, keys, one_of_each, only
 
 
 def receipt_of(cluster: Cluster, request_id: str) -> Receipt:
@@ -234,6 +235,25 @@ def test_requests_of_a_lost_server_may_be_heard_of_again() -> None:
     cluster.hear(Finished(again, Ref("s"), 5))
     assert ended(cluster) == []
     assert receipt_of(cluster, "s").outcome is Outcome.FINISHED
+
+
+def test_an_attempt_whose_place_another_takes_does_not_run_for_ever() -> None:
+    cluster = one_of_each()
+    cluster.dispatch("r")
+    cluster.dispatch("r", server=ServerId("again"))  # before the first stream is known to be broken
+    cluster.hear(ServerLost(SERVER))
+    cluster.hear(Finished(ServerId("again"), Ref("r"), 32))
+    assert [attempt.outcome for attempt in receipt_of(cluster, "r").attempts] == [Outcome.LOST, Outcome.FINISHED]
+
+
+def test_a_prefix_on_ssd_is_no_longer_than_the_prefix() -> None:
+    cluster = Cluster()
+    on_ssd = tuple(BlockEvent(True, key, Tier.SSD) for key in keys(64))
+    cluster.hear(BlockEvents(STORE, "1", 0, on_ssd, snapshot=True))
+    cluster.add_worker("m0", "mixed")
+    cluster.dispatch("r", num_tokens=64)  # the last token of which is computed in any case
+    plan = document(receipt_of(cluster, "r"))["attempts"][0]["plan"]  # type: ignore[index]
+    assert plan["prefill"]["prefix_tokens"] == {"dram": 0, "ssd": 63, "remote": 0}
 
 
 def test_what_is_said_late_about_an_older_attempt_ends_nothing() -> None:

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from perigee.scheduler.events import StoreLost
+from perigee.scheduler.ids import NodeId
 from perigee.scheduler.transfers import Transfers
+from tests.scheduler.cluster import Cluster
 
 
 def test_a_node_receives_one_transfer_after_another() -> None:
@@ -30,3 +33,16 @@ def test_a_number_that_is_forgotten_owes_nothing(node: int) -> None:
     transfers.forget(node)
     assert transfers.wait_s(source=2, target=node, now=0.0) == 0.0
     assert transfers.wait_s(source=node, target=2, now=0.0) == 0.0
+
+
+def test_a_node_that_takes_anothers_number_has_nothing_to_transfer() -> None:
+    cluster = Cluster()
+    for node in ("first", "second"):
+        cluster.add_store(NodeId(node))
+    view = cluster.conductor.view
+    view.transfers.book(view.prefixes.numbers[NodeId("second")], 5, 1000.0, cluster.now)
+    cluster.hear(StoreLost(NodeId("first"), "1"))
+    for node in ("second", "third"):  # the second tells anew, and has the first one's number now
+        cluster.add_store(NodeId(node))
+    waits_s = [view.transfers.send_wait_s(number, cluster.now) for number in view.prefixes.numbers.values()]
+    assert waits_s == [0.0, 0.0]

@@ -25,11 +25,15 @@ MAX_RETRY_AFTER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why not, and when trying again may help (0: never)."""
+    """Why not, and when trying again may help (0: never).
+
+    `for_others`: others on the planned decode worker were promised a stricter TBT. Where nobody was, there may be room.
+    """
 
     reason: RejectReason
     message: str
     retry_after_s: float = 0.0
+    for_others: bool = False
 
 
 class Admission(Protocol):
@@ -48,8 +52,8 @@ def within_bounds(retry_after_s: float) -> float:
     return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, retry_after_s))
 
 
-def overloaded(message: str, retry_after_s: float) -> Refusal:
-    return Refusal(RejectReason.OVERLOAD, message, within_bounds(retry_after_s))
+def overloaded(message: str, retry_after_s: float, for_others: bool = False) -> Refusal:
+    return Refusal(RejectReason.OVERLOAD, message, within_bounds(retry_after_s), for_others)
 
 
 def late(plan: Plan, slo: Slo, retry_after_s: float) -> Refusal:
@@ -58,9 +62,9 @@ def late(plan: Plan, slo: Slo, retry_after_s: float) -> Refusal:
     return overloaded(message, retry_after_s)
 
 
-def full(retry_after_s: float) -> Refusal:
+def full(retry_after_s: float, for_others: bool = False) -> Refusal:
     """Refuses for want of room."""
-    return overloaded("all decode workers are full", retry_after_s)
+    return overloaded("all decode workers are full", retry_after_s, for_others)
 
 
 def first_token_at(request: RequestArrived, plan: Plan, now: float) -> float:

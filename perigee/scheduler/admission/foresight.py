@@ -82,14 +82,16 @@ class Foresight:
         saved_s, lost_s = (broken_s - own_s, 0.0) if request.slo.tbt_s < step_s else (broken_s, own_s)
         if saved_s <= lost_s:
             return None
-        return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s), now, self._promises))
+        wish = Wish(worker, request.demand, request.slo.tbt_s, priority=request.priority, more=0.0)
+        return full(drained_s(view, wish, now, self._promises))
 
     def _note(self, missed: bool, tightest_s: float) -> None:
         if not math.isinf(tightest_s):
             self._margin.observe(missed)
 
     def _late(self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float) -> Refusal | None:
-        late_s = plan.ttft_s - request.slo.ttft_s * limit
+        within_s = request.slo.ttft_s * (limit if plan.prefill.queue_s > 0 else 1.0)  # an idle worker is for everyone
+        late_s = plan.ttft_s - within_s
         if late_s <= 0:
             return None
         ahead = float(self._promises.before(np.array([math.inf]), request.priority, now)[0])
@@ -103,7 +105,8 @@ class Foresight:
         load = _foreseen(view, wish, now) if wish.tbt_s < math.inf else _booked(wish.worker, wish.demand)
         if load <= limit or (load <= 1.0 and not wish.worker.load.sequences):  # an idle worker is for everyone
             return None
-        return full(drained_s(view, wish, now, self._promises))
+        for_others = view.forecast.tightest_tbt_s(wish.worker) < request.slo.tbt_s
+        return full(drained_s(view, wish, now, self._promises), for_others)
 
     def _wish(self, view: ClusterView, request: RequestArrived, plan: Plan, limit: float, now: float) -> Wish:
         """What the request asks of the planned decode worker."""

@@ -52,7 +52,7 @@ class Promises:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a request would be let in by: a load of at most `limit` on this decode worker, `lead_s` after it arrives,
-    with `margin` sequences of its size to spare.
+    with `margin` sequences of its size to spare. It adds `more` sequences to what is booked there: none if it is.
     """
 
     worker: WorkerView
@@ -62,6 +62,7 @@ class Wish:
     limit: float = 1.0
     margin: float = 0.0
     priority: int = 0
+    more: float = 1.0
 
 
 def drained_s(view: ClusterView, wish: Wish, now: float, promises: Promises | None = None) -> float:
@@ -82,5 +83,5 @@ def _fits(view: ClusterView, wish: Wish, offsets: Floats, now: float, promises: 
     """Whether it would be let in, if it came so many seconds from now."""
     load = view.forecast.load(wish.worker, now + wish.lead_s + offsets, now)
     claims = promises.before(now + offsets, wish.priority, now) if promises else np.zeros(len(offsets))
-    more = 1.0 + claims / max(1, view.forecast.num_decoding)
+    more = wish.more + claims / max(1, view.forecast.num_decoding)
     return decode_loads(wish.worker, load, wish.demand, wish.tbt_s, more, wish.margin) <= wish.limit

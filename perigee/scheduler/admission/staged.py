@@ -30,7 +30,7 @@ class AtDecode:
         worker = view.workers[request.decode]
         if _load(view, worker, request.demand, request.slo, now, math.inf, more=0) <= 1:
             return None
-        return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s), now))
+        return full(drained_s(view, Wish(worker, request.demand, request.slo.tbt_s, more=0.0), now))
 
 
 class Early(AtDecode):

@@ -112,6 +112,7 @@ def _trims(view: ClusterView, now: float) -> list[Move]:
             if keys := tuple(view.prefixes.shared(run.keys, node, roomy)):
                 said.append(Trim(node, keys))
                 to_free[node] -= len(keys)
+            if keys or not view.prefixes.shared(run.keys, node, [node]):  # it has none of them any more
                 view.copy_log.remove(node, run)
         if looked_at > _MOST_LOOKED_AT:
             break

@@ -101,7 +101,9 @@ class Prompt:
             transfer_s=wait_s + way.transfer_s,
             load_s=self.promote_s(spot.number) + spot.load_factor * way.load_s,
             compute_s=spot.prefill_factor * way.compute_s + spot.prefill_offset_s,
-            ssd_tokens=self.held.ssd_blocks.get(spot.number, 0) * self.block_tokens,
+            ssd_tokens=min(
+                self.held.ssd_blocks.get(spot.number, 0) * self.block_tokens, way.prefix_tokens - way.remote_tokens
+            ),
         )
 
     def _fastest(self, spot: Spot, blocks: int) -> tuple[float, PrefillWay, float]:
