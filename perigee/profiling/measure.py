@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from perigee.profiling.design import Sizes
+from perigee.profiling.errors import ProfilingError
 from perigee.profiling.probe import Probe
 from perigee.scheduler.cost.fit import MoveSample, PrefillSample, Samples, StepSample
 from perigee.workers.messages import PrefillDone
@@ -86,12 +87,15 @@ class Bench:
 
     @asynccontextmanager
     async def occupied(self, neighbours: Sequence[Probe]) -> AsyncIterator[None]:
-        """Keeps these workers computing prompts until the context is left."""
-        async with asyncio.TaskGroup() as tasks:
-            busy = [tasks.create_task(self._occupy(probe)) for probe in neighbours]
-            yield
-            for task in busy:
-                task.cancel()
+        """Keeps these workers computing prompts until the context is left. Raises ProfilingError if one fails."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                busy = [tasks.create_task(self._occupy(probe)) for probe in neighbours]
+                yield
+                for task in busy:
+                    task.cancel()
+        except* ProfilingError as errors:
+            raise errors.exceptions[0] from errors
 
     async def _occupy(self, probe: Probe) -> None:
         while True:

@@ -22,15 +22,21 @@ class ReplayConfig(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="factor on all lengths; a trace block must stay a whole block",
     )
-    slo_ttft_s: float | None = Field(default=None, gt=0, description="goodput: longest time to first token, in seconds")
-    slo_tbt_s: float | None = Field(default=None, gt=0, description="goodput: longest time between tokens, in seconds")
+    slo_ttft_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="goodput: longest time to first token, in seconds"
+    )
+    slo_tbt_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="goodput: longest time between tokens, in seconds"
+    )
     model: str | None = Field(default=None, description="model to ask for [default: the endpoint's first]")
     vocab_size: int | None = Field(
         default=None, ge=16, description="size of the model's vocabulary [default: what the endpoint says, else 32000]"
     )
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="sampling temperature; 0 is greedy")
     seed: int = Field(default=0, description="seed of the prompts' contents")
-    timeout_s: float = Field(default=600.0, gt=0, description="a request that takes longer has failed, in seconds")
+    timeout_s: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="a request that takes longer has failed, in seconds"
+    )
     observe: bool = Field(
         default=True,
         description="ask a Perigee endpoint every second what its workers carry, and for the receipt of each request",

@@ -2,7 +2,7 @@
 `GET /requests/{id}/receipt`.
 """
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from perigee.replay.metrics import CachedByTier
 from perigee.replay.series import State
@@ -128,7 +128,7 @@ class Choice(BaseModel, frozen=True):
 class Receipt(BaseModel, frozen=True):
     """The answer of `GET /requests/{id}/receipt`."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...] = Field(min_length=1)
 
     @property
     def policies(self) -> PolicyNames:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Self
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from perigee.replay.errors import ReplayError
 from perigee.replay.metrics import Distribution, Outcome, Report, RequestRecord, Slo
@@ -80,26 +82,36 @@ class Run:
 def check_json_file(json_file: str | None) -> None:
     """Raises ReplayError if the report could not be written there: better known before the run than after it."""
     if json_file not in (None, STDOUT):
-        _check_writable("json", str(json_file))
+        _check_writable("json", Path(str(json_file)))
 
 
 def check_html_file(html: Path | None) -> None:
     """The same of the page."""
     if html is not None:
-        _check_writable("html", str(html))
+        _check_writable("html", html)
 
 
-def _check_writable(field: str, file: str) -> None:
+def _check_writable(field: str, file: Path) -> None:
+    with _writing(field, file), file.open("a", encoding="utf-8"):
+        pass
+
+
+def _write(field: str, file: Path, text: str) -> None:
+    with _writing(field, file):
+        file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(field: str, file: Path) -> Iterator[None]:
     try:
-        with Path(file).open("a", encoding="utf-8"):
-            pass
+        yield
     except OSError as error:
-        raise ReplayError(f"{field}: cannot write to {file!r}: {error.strerror}") from error
+        raise ReplayError(f"{field}: cannot write to {str(file)!r}: {error.strerror}") from error
 
 
 def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
     """Tables go to standard output, the page to `html`, and JSON to `json_file`; where that is `-`, the tables make way
-    for it.
+    for it. Raises ReplayError if a file cannot be written.
     """
     report = run.report
     console = Console(stderr=json_file == STDOUT)
@@ -108,12 +120,12 @@ def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
         console.print(f"{failure.count} × {kind}, the first: {failure.example}", markup=False, highlight=False)
     if html is not None:
         text = run_page(run.title, report, run.records, run.samples, run.about, run.shadow)
-        html.write_text(text, encoding="utf-8")
+        _write("html", html, text)
     if json_file == STDOUT:
         sys.stdout.write(run.as_json() + "\n")
         sys.stdout.flush()
     elif json_file is not None:
-        Path(json_file).write_text(run.as_json() + "\n", encoding="utf-8")
+        _write("json", Path(json_file), run.as_json() + "\n")
 
 
 def as_text(report: Report, samples: Sequence[Sample] = (), shadow: ShadowReport | None = None) -> Group:
@@ -138,7 +150,7 @@ def _more(report: Report, samples: Sequence[Sample]) -> Iterator[Table]:
     if report.rejections:
         rejections = Table("rejected", *_right("requests"))
         for reason, count in report.rejections.items():
-            rejections.add_row(reason, f"{count}")
+            rejections.add_row(Text(reason), f"{count}")  # the endpoint's word, which is no markup
         yield rejections
     if len(report.priorities) > 1:
         yield _priorities(report)

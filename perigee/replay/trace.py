@@ -8,6 +8,7 @@ inference traces (`TIMESTAMP` as date and time, `ContextTokens`, `GeneratedToken
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -150,7 +151,7 @@ def _num_blocks(input_tokens: int) -> int:
 def _json_object(line: str, where: str) -> dict[str, object]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise TraceError(f"{where}: {line.strip()[:80]!r} is not a JSON object")
@@ -176,7 +177,7 @@ class _Row:
 
     def time(self, field: str) -> float:
         value = self._take(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             raise self._error(field, value, "a number, 0 or more")
         return float(value)
 

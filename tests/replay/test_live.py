@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from pydantic import ValidationError
 
 from perigee.replay.client import CompletionClient, Params
 from perigee.replay.config import ReplayConfig
@@ -282,3 +283,9 @@ async def test_bad_input_is_refused_before_anything_is_sent(endpoint: ScriptedEn
     with pytest.raises(ReplayError, match=r"json: cannot write to .*missing"):
         await run(ReplayConfig(trace=trace, url=endpoint.url, json_file=str(tmp_path / "missing" / "report.json")))
     assert endpoint.bodies == []
+
+
+@pytest.mark.parametrize("field", ["slo_ttft_s", "slo_tbt_s", "timeout_s"])
+def test_a_bound_that_is_none_is_refused(field: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=f"{field}\n.*finite number"):
+        ReplayConfig.model_validate({"trace": tmp_path, field: "inf"})

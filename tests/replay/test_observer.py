@@ -117,6 +117,12 @@ async def test_receipts_that_are_forgotten_leave_the_rest(telling: ScriptedEndpo
     assert report["series"]["decode_load"]
 
 
+async def test_a_receipt_of_nothing_is_passed_over(telling: ScriptedEndpoint, tmp_path: Path) -> None:
+    telling.receipt = {"id": "r", "choices": []}
+    status, report = await replay(tmp_path, telling.url, (0, 1, 2), (0, 1, 2))
+    assert (status, report["completed"], report["shadow"]) == (0, 2, None)
+
+
 async def test_rejected_requests_have_receipts_too(telling: ScriptedEndpoint, tmp_path: Path) -> None:
     async def reject(answer: Answer) -> int:
         return 429

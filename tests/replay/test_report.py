@@ -5,8 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from perigee.replay.errors import ReplayError
 from perigee.replay.metrics import Outcome, Report, RequestRecord, Slo, summarize
-from perigee.replay.report import ReplayProgress, as_text
+from perigee.replay.report import ReplayProgress, Run, as_text, write_run
 
 
 def shown(report: Report) -> list[list[str]]:
@@ -33,6 +34,17 @@ def test_the_table_shows_every_figure() -> None:
         ["duration", "2.0", "s"],
     ):
         assert figures in lines
+
+
+def test_what_an_endpoint_calls_a_rejection_is_shown_as_it_is() -> None:
+    rejected = RequestRecord(Outcome.REJECTED, 0.0, 0.0, 1.0, rejection="[/busy] [red]later")
+    assert ["[/busy]", "[red]later", "1"] in shown(summarize([rejected], Slo()))
+
+
+def test_a_disk_that_is_full_is_named() -> None:
+    run = Run("title", {}, summarize([], Slo()), (), ())
+    with pytest.raises(ReplayError, match="json: cannot write to '/dev/full': No space left on device"):
+        write_run(run, "/dev/full", None)
 
 
 def test_the_table_shows_how_good_predictions_were_where_there_were_any() -> None:

@@ -72,6 +72,7 @@ def test_csv_columns_may_come_in_any_order() -> None:
     [
         (json_line(timestamp=-1), "t:2: timestamp: '-1' given, allowed is a number, 0 or more"),
         (json_line(timestamp="soon"), "t:2: timestamp: 'soon'"),
+        (json_line(timestamp=10**400), "t:2: timestamp: '10+' given, allowed is a number, 0 or more"),
         (json_line(input_length=0), "t:2: input_length: '0' given, allowed is a whole number, 1 or more"),
         (json_line(input_length=1.5), "t:2: input_length: '1.5'"),
         (json_line(output_length=True), "t:2: output_length: 'True'"),
@@ -80,6 +81,7 @@ def test_csv_columns_may_come_in_any_order() -> None:
         (json_line(hash_ids=[1, -2]), r"t:2: hash_ids: '\[1, -2\]' given, allowed is a list of whole numbers"),
         (json_line(hash_ids=7), "t:2: hash_ids: '7'"),
         ("{", "t:2: not JSON"),
+        ('{"timestamp": ' + "[" * 100_000, "t:2: not JSON"),
         ("[1]", "t:2: .* is not a JSON object"),
         ('{"timestamp": NaN, "input_length": 700, "output_length": 30, "hash_ids": [3, 4]}', "t:2: timestamp: 'nan'"),
     ],

@@ -1,5 +1,6 @@
 """What a simulated cluster is made of, as a YAML file says it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,6 +20,9 @@ PrefixCache = Literal["global", "local", "none"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+# Placements and balances that move prefixes from node to node.
+_FETCHING = ("perigee", "global-cache", "copies")
 
 
 class NodeGroup(BaseModel, frozen=True, extra="forbid"):
@@ -122,9 +126,19 @@ class Cluster(BaseModel, frozen=True, extra="forbid"):
         roles = {role for group in self.nodes for role in group.roles}
         if "mixed" not in roles and roles != {"prefill", "decode"}:
             raise ValueError(f"nodes: there are only {', '.join(roles)} workers, allowed are both or mixed ones")
+        if self.prefix_cache == "none" and roles != {"mixed"}:
+            raise ValueError("prefix_cache: is 'none', allowed only if all workers are mixed: others hand blocks over")
+        if self.prefix_cache == "local":
+            self._check_local()
         if self.profile is not None:
             self._check_measured()
         return self
+
+    def _check_local(self) -> None:
+        """No policy moves prefixes from node to node."""
+        for field, name, names in (("placement", self.placement, PLACEMENTS), ("balance", self.balance, BALANCES)):
+            local = [each for each in names if each not in _FETCHING]
+            _check_name(field, name, local, " with prefix_cache local")
 
     def _check_measured(self) -> None:
         for index, group in enumerate(self.nodes):
@@ -158,10 +172,10 @@ def changed(cluster: Cluster, **fields: object) -> Cluster:
         raise ClusterError("\n".join(_problem(each) for each in error.errors())) from error
 
 
-def _check_name(field: str, name: str | None, allowed: object) -> None:
-    assert isinstance(allowed, dict)
-    if name is not None and name not in allowed:
-        raise ValueError(f"{field}: is {name!r}, allowed are {', '.join(allowed)}")
+def _check_name(field: str, name: str | None, allowed: Iterable[str], where: str = "") -> None:
+    names = list(allowed)
+    if name is not None and name not in names:
+        raise ValueError(f"{field}: is {name!r}, allowed{where} are {', '.join(names)}")
 
 
 def _problem(problem: ErrorDetails) -> str:
@@ -174,4 +188,6 @@ def _problem(problem: ErrorDetails) -> str:
         return f"{where}: no such field"
     if problem["type"] == "value_error":
         return f"{where}: {reason}" if where else reason
-    return f"{where}: {problem['input']!r}: {reason}"
+    if problem["type"] == "model_type":
+        reason = "allowed are fields and their values"
+    return f"{where}: {problem['input']!r}: {reason}".removeprefix(": ")

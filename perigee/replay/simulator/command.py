@@ -35,10 +35,16 @@ class SimulateConfig(BaseModel, frozen=True, extra="forbid"):
     speed: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how many times as fast requests arrive")
     length_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="factor on all lengths")
     slo_ttft_s: float | None = Field(
-        default=None, gt=0, description="longest time to first token, in seconds [default: the cluster's]"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="longest time to first token, in seconds [default: the cluster's]",
     )
     slo_tbt_s: float | None = Field(
-        default=None, gt=0, description="longest time between tokens, in seconds [default: the cluster's]"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="longest time between tokens, in seconds [default: the cluster's]",
     )
     seed: int | None = Field(default=None, description="of what is drawn by lot [default: the cluster's]")
     json_file: str | None = Field(

@@ -118,6 +118,15 @@ class Engine:
         tokens = self.batcher.context_tokens + steps * len(underway.chunks)
         return self.steps_total + steps, tokens, underway.run.first_s + max(0, steps - 1) * underway.run.growth_s
 
+    @property
+    def prefill_load_s(self) -> float:
+        """What it will take to compute the prompts that are here, if the cache has nothing of those that wait. The
+        nodes of a pipeline work on several chunks at once."""
+        waiting = ((len(queued.sequence.token_ids), 0) for queued in self.batcher.waiting)
+        begun = ((active.prompt_tokens_left, active.computed) for active in self.batcher.active.values())
+        seconds = (self.profile.prefill_s(left, computed) for left, computed in (*waiting, *begun) if left)
+        return sum(seconds) / len(self._stage_free_at)
+
     # ---- steps -----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:

@@ -61,13 +61,10 @@ def size_of(group: NodeGroup, cluster: Cluster, machine: Machine) -> NodeSize:
     nic_gbps = group.nic_gbps or cluster.nic_gbps
     nic = nic_gbps * 1e9 / 8 / machine.kv_bytes if nic_gbps else 1 / (machine.profile.transfer_token_s or math.inf)
     per_gb = 1e9 / machine.kv_bytes if group.ssd_gib else math.inf
-    slots = tokens * stages // size
-    if not slots:
-        raise ClusterError(f"nodes: {tokens} tokens of memory hold no block of {size}")
     return NodeSize(
-        num_slots=slots,
-        ssd_slots=_tokens(group.ssd_gib, machine) * stages // size if group.ssd_gib else 0,
-        num_pages=(group.kv_tokens or machine.kv_tokens) * stages // size,
+        num_slots=_blocks("memory", tokens * stages, size),
+        ssd_slots=_blocks("SSD", _tokens(group.ssd_gib, machine) * stages, size) if group.ssd_gib else 0,
+        num_pages=_blocks("pages", (group.kv_tokens or machine.kv_tokens) * stages, size),
         nic_tokens_per_s=(nic or math.inf) * stages,
         ssd_read_tokens_per_s=group.ssd_read_gb_per_s * per_gb * stages,
         ssd_write_tokens_per_s=group.ssd_write_gb_per_s * per_gb * stages,
@@ -79,6 +76,12 @@ def _on_network(profile: CostProfile, cluster: Cluster, kv_bytes: int) -> CostPr
     if cluster.nic_gbps is None:
         return profile
     return replace(profile, transfer_token_s=kv_bytes * 8 / (cluster.nic_gbps * 1e9))
+
+
+def _blocks(what: str, tokens: int, size: int) -> int:
+    if tokens < size:
+        raise ClusterError(f"nodes: {tokens} tokens of {what} hold no block of {size}")
+    return tokens // size
 
 
 def _tokens(gib: float, machine: Machine) -> int:

@@ -7,7 +7,6 @@ from perigee.replay.series import Sample
 from perigee.replay.simulator.clock import Clock
 from perigee.replay.simulator.control import Control
 from perigee.replay.simulator.front import FrontEnd
-from perigee.replay.simulator.worker import Worker
 from perigee.workers.engine.batcher import Batcher
 
 PERIOD_S = 1.0
@@ -42,7 +41,6 @@ class Sampler:
             return
         prefillers = [worker for worker in self._control.workers.values() if worker.role != "decode"]
         decoders = [worker for worker in self._control.workers.values() if worker.role != "prefill"]
-        queued = [worker.engine.batcher.queued_prefill_tokens for worker in prefillers]
         self.samples.append(
             Sample(
                 at_s=self._clock.now,
@@ -51,8 +49,8 @@ class Sampler:
                 good=self._good,
                 rejected=self._outcomes[Outcome.REJECTED],
                 failed=self._outcomes[Outcome.FAILED],
-                queued_tokens=sum(queued),
-                prefill_load_s=_mean([_work_s(*each) for each in zip(prefillers, queued, strict=True)]),
+                queued_tokens=sum(worker.engine.batcher.queued_prefill_tokens for worker in prefillers),
+                prefill_load_s=_mean([worker.engine.prefill_load_s for worker in prefillers]),
                 decode_load=_mean([_load(worker.engine.batcher) for worker in decoders]),
                 decoding=sum(_num_decoding(worker.engine.batcher) for worker in decoders),
             )
@@ -62,10 +60,6 @@ class Sampler:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _work_s(worker: Worker, tokens: int) -> float:
-    return worker.engine.profile.prefill_s(tokens, 0) if tokens else 0.0
 
 
 def _load(batcher: Batcher) -> float:

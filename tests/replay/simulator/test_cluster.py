@@ -7,7 +7,7 @@ import pytest
 from perigee.replay.errors import ClusterError
 from perigee.replay.simulator.cluster import Cluster, changed, read_cluster
 from perigee.replay.simulator.machine import machine_of, size_of
-from perigee.replay.simulator.simulation import simulate
+from perigee.replay.simulator.simulation import Simulation, simulate
 from perigee.replay.trace import TraceRequest
 
 EXAMPLES = Path(__file__).parents[3] / "deploy" / "clusters"
@@ -51,6 +51,23 @@ def test_every_example_serves_a_request(path: Path) -> None:
         ("name: small", "name: small\nblock_tokens: 500", "block_tokens: is 500, allowed are powers of two"),
         ("[decode], count: 1", "[decode], count: 1, pipeline_stages: 2", "pipeline_stages: is 2, allowed is 1 unless"),
         ("name: small", "name: [", "while parsing"),
+        (SMALL, "", "None: allowed are fields and their values"),
+        (
+            "{roles: [decode], count: 1, capacity_tokens: 100000}",
+            "5",
+            "nodes.1: 5: allowed are fields and their values",
+        ),
+        ("name: small", "name: small\nprefix_cache: none", "prefix_cache: is 'none', allowed only if all workers are"),
+        (
+            "name: small",
+            "name: small\nprefix_cache: local",
+            "placement: is 'perigee', allowed with prefix_cache local are local-cache, least-loaded",
+        ),
+        (
+            "name: small",
+            "name: small\nprefix_cache: local\nplacement: random\nbalance: copies",
+            "balance: is 'copies', allowed with prefix_cache local are roles, none",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(before: str, after: str, complaint: str, tmp_path: Path) -> None:
@@ -76,6 +93,16 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     cluster = changed(read_cluster(written(tmp_path, SMALL)), devices=1)
     with pytest.raises(ClusterError, match="does not fit into 1 of A800-80G"):
         machine_of(cluster)
+
+
+@pytest.mark.parametrize(
+    ("size", "what"), [("kv_tokens: 511", "pages"), ("capacity_tokens: 511", "memory"), ("ssd_gib: 0.1", "SSD")]
+)
+def test_what_holds_no_block_is_refused(size: str, what: str, tmp_path: Path) -> None:
+    text = SMALL.replace("capacity_tokens: 100000", size if what == "memory" else f"capacity_tokens: 100000, {size}")
+    cluster = read_cluster(written(tmp_path, text))
+    with pytest.raises(ClusterError, match=f"nodes: [0-9]+ tokens of {what} hold no block of 512"):
+        Simulation(cluster)
 
 
 def test_sizes_follow_from_model_and_hardware(tmp_path: Path) -> None:

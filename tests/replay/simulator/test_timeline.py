@@ -112,7 +112,7 @@ def test_without_a_prefix_cache_everything_is_computed(tmp_path: Path) -> None:
 
 
 def test_a_local_prefix_cache_never_pulls(tmp_path: Path) -> None:
-    made_of = cluster(tmp_path, {**MIXED, "count": 2}, prefix_cache="local")
+    made_of = cluster(tmp_path, {**MIXED, "count": 2}, prefix_cache="local", placement="random")
     trace = [request(0.1 * index, 128 + index, 2) for index in range(20)]
     assert all(each.cached_by_tier and not each.cached_by_tier.remote for each in records(made_of, *trace))
 

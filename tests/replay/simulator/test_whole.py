@@ -1,7 +1,7 @@
 """Whole simulations: the same every time, and nothing lost or left behind."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from perigee.replay.simulator.worker import INCARNATION
 from perigee.replay.trace import TraceRequest
 from perigee.scheduler.commands import SetRole
 from perigee.scheduler.ids import WorkerId
-from tests.replay.simulator.clusters import BLOCK, DECODE, MIXED, PREFILL, cluster, request
+from tests.replay.simulator.clusters import BLOCK, DECODE, MIXED, PREFILL, PROFILE, cluster, request
 
 
 def busy_trace(num_requests: int = 120) -> list[TraceRequest]:
@@ -95,6 +95,16 @@ def test_samples_are_taken_every_second_until_the_end(tmp_path: Path) -> None:
     assert [sample.at_s for sample in simulated.samples] == [float(second) for second in range(int(end_s) + 1)]
     assert max(sample.in_flight for sample in simulated.samples) > 5
     assert max(sample.decode_load or 0 for sample in simulated.samples) > 0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_work_that_waits_is_that_of_each_prompt_by_itself(stages: int, tmp_path: Path) -> None:
+    """Of four prompts none of which has seen another: twice as long a prompt would take four times as long."""
+    profile = replace(PROFILE, prefill_token_s=0.0, prefill_pair_s=10.0 / (512 * 512 / 2))
+    prefill = {**PREFILL, "chunk_tokens": 512, "pipeline_stages": stages}
+    made_of = cluster(tmp_path, prefill, DECODE, profile=profile)
+    samples = simulate([request(0.0, 512, 1, first_id=100 * index) for index in range(4)], made_of).samples
+    assert samples[1].prefill_load_s == pytest.approx(40.0 / stages)
 
 
 def test_prompts_are_cut_into_the_clusters_blocks(tmp_path: Path) -> None:
