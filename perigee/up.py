@@ -27,7 +27,9 @@ from perigee.scheduler.cost.roofline import roofline
 from perigee.scheduler.errors import InvalidProfile
 from perigee.scheduler.scheduler_pb2 import ClusterRequest
 from perigee.scheduler.scheduler_pb2_grpc import ConductorStub
+from perigee.scheduler.slo import parse_classes
 from perigee.server.config import ServerConfig
+from perigee.server.tenants import KeysFileError, Tenants
 from perigee.supervisor import Children, ChildSpec, run_directory
 from perigee.workers.config import MobaText, Role, WorkerConfig
 from perigee.workers.model.checkpoint import DEFAULT_MODEL, resolve
@@ -129,8 +131,8 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
 async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     """Runs the cluster until cancelled, or until one of its processes ends: then the exit code is 1.
 
-    `process_flags` go to each process besides its configuration. Raises ConfigurationError for a port that is taken or
-    a model that is not there, before anything is started.
+    `process_flags` go to each process besides its configuration. Raises ConfigurationError for a port that is taken, a
+    model that is not there, or a file that cannot be used, before anything is started.
     """
     port = _free_port(config.host, config.port)
     model = await _resolve(config)
@@ -139,6 +141,7 @@ async def run(config: UpConfig, process_flags: Sequence[str]) -> int:
     with run_directory() as directory:
         config = _with_profile(config, model, directory)
         specs = _checked(plan(config, port, model, directory, process_flags))
+        _check_files(config)
         async with Children(directory, config.grace_s, environment) as children:
             for spec in specs:
                 await children.start(spec)
@@ -245,6 +248,18 @@ def _make_folders(config: UpConfig) -> None:
             (config.ssd_folder / f"store-{index}").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError([f"--ssd-folder: {config.ssd_folder}: {error.strerror}"]) from error
+
+
+def _check_files(config: UpConfig) -> None:
+    """Raises ConfigurationError for API keys that cannot be read, and for files that could not be written."""
+    try:
+        Tenants.load(config.api_keys_file, parse_classes(config.slo_classes))
+    except KeysFileError as error:
+        raise ConfigurationError([f"--api-keys-file: {str(error).removeprefix('api_keys_file: ')}"]) from error
+    for flag, path in (("--record", config.record), ("--receipts-file", config.receipts_file)):
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            allowed = "allowed is a file in a folder that can"
+            raise ConfigurationError([f"{flag}: {str(path)!r} cannot be written; {allowed}"])
 
 
 def _workers(config: UpConfig, model: Path, directory: Path, stores: Sequence[StoreConfig]) -> Iterator[WorkerConfig]:

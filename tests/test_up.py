@@ -165,6 +165,21 @@ def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
     assert problem.startswith("perigee: --model: '/nowhere' does not exist; allowed are")
 
 
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--api-keys-file", "'/nowhere/file' cannot be read: "),
+        ("--record", "'/nowhere/file' cannot be written; allowed is a file in a folder that can"),
+        ("--receipts-file", "'/nowhere/file' cannot be written; allowed is a file in a folder that can"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_starts(
+    flag: str, complaint: str, tiny_llama: Path
+) -> None:
+    (problem,) = refused("--port=0", f"--model={tiny_llama}", "--dtype=float32", f"{flag}=/nowhere/file")
+    assert problem.startswith(f"perigee: {flag}: {complaint}")
+
+
 def test_strangers_need_keys() -> None:
     (problem,) = refused("--port=0", "--host=0.0.0.0")
     assert "api_keys_file" in problem

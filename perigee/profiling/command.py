@@ -16,6 +16,7 @@ from rich.table import Table
 
 from perigee.profiling.cluster import Cluster, Target, Worker, fetch
 from perigee.profiling.config import ProfileConfig
+from perigee.profiling.errors import ProfilingError
 from perigee.profiling.measure import Bench, Effort
 from perigee.profiling.probe import Probe
 from perigee.scheduler.cost import CostProfile
@@ -28,7 +29,10 @@ _STDOUT = "-"
 
 
 async def run(config: ProfileConfig) -> None:
-    """Raises ProfilingError if the cluster cannot be measured, and InvalidProfile if the profile cannot be written."""
+    """Raises ProfilingError if the cluster cannot be measured, or what comes of it not be written."""
+    _check_writable("output", config.output)
+    if config.json_file not in (None, _STDOUT):
+        _check_writable("json", Path(str(config.json_file)))
     api_key = config.api_key.get_secret_value() if config.api_key else ""
     profile, samples = await profiled(await fetch(Target(config.url, api_key)), config)
     write_profile(config.output, profile)
@@ -65,6 +69,15 @@ async def _measured(cluster: Cluster, config: ProfileConfig) -> Samples:
                 async with bench.occupied(_beside(probe, prefillers) if config.busy else []):
                     await bench.measure_steps(probe, _nearest(probe.worker, prefillers))
     return bench.samples
+
+
+def _check_writable(field: str, file: Path) -> None:
+    """Better known before minutes of measuring than after them."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ProfilingError(f"{field}: cannot write to {str(file)!r}: {error.strerror}") from error
 
 
 def _elsewhere(worker: Worker, prefillers: Sequence[Probe]) -> Probe | None:

@@ -118,16 +118,19 @@ def _of_workers(state: pb.ClusterState) -> Iterator[Metric]:
         for field, (name, text) in fields.items():
             family = kind(name, text, labels=["worker", "role"])
             for worker in state.workers:
-                family.add_metric([worker.member.id, worker.report.role], getattr(worker.report, field))
+                if worker.HasField("report"):
+                    family.add_metric([worker.member.id, worker.report.role], getattr(worker.report, field))
             yield family
 
 
 def _of_stores(state: pb.ClusterState) -> Iterator[Metric]:
+    """Of a node that did not answer in time there is nothing: counters that fall to 0 would mean that it began anew."""
     for kind, fields in ((CounterMetricFamily, _STORE_COUNTERS), (GaugeMetricFamily, _STORE_GAUGES)):
         for field, (name, text) in fields.items():
             family = kind(name, text, labels=["store"])
             for store in state.stores:
-                family.add_metric([store.member.id], getattr(store.status, field))
+                if store.HasField("status"):
+                    family.add_metric([store.member.id], getattr(store.status, field))
             yield family
 
 

@@ -106,6 +106,15 @@ async def test_metrics_tell_how_good_predictions_were(front: Cluster) -> None:
     assert (lines["perigee_ttft_predictions"], lines["perigee_tbt_predictions"]) == ("7.0", "0.0")
 
 
+async def test_a_node_that_does_not_answer_has_no_metrics_rather_than_zeros(front: Cluster) -> None:
+    front.conductor.state.stores[0].ClearField("status")
+    front.conductor.state.workers[0].ClearField("report")
+    await get(f"{front.url}/cluster")  # which asks for the state
+    _, text = await get(f"{front.url}/metrics")
+    assert 'store="store-0"' not in text and 'worker="prefill-0"' not in text
+    assert 'worker="decode-0"' in text
+
+
 async def test_what_outlives_the_grace_period_is_told_that_the_server_stops(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
