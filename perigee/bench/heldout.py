@@ -36,5 +36,5 @@ def _loss(engine: Engine, row: Sequence[int]) -> float:
     engine.run_alone(sequence)
     hook.remove()
     with torch.inference_mode():
-        logits = model.logits(torch.cat(hidden)[: len(row) - 1]).float()
+        logits = model.logits(torch.cat(hidden)[: len(row) - 1])
     return F.cross_entropy(logits, torch.tensor(row[1:])).item()

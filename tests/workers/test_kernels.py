@@ -68,6 +68,25 @@ def test_linear(unit: str, rows: int, outputs: int, width: int, biased: bool, sl
 
 
 @needs_native
+@both_units
+@pytest.mark.parametrize("rows", [1, 3, 40, 300])
+@pytest.mark.parametrize(("outputs", "width"), [(1024, 576), (48, 32)])
+def test_logits_are_sums_that_are_not_rounded(unit: str, rows: int, outputs: int, width: int) -> None:
+    kernels = KERNELS[unit]
+    x, weight = random(2 * rows, width, seed=1)[::2], matrix(outputs, width, seed=2)
+    logits = kernels.logits(x, *kernels.matrices(weight.clone()))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_logits_of_a_matrix_that_is_not_packed_are_float32_too() -> None:
+    x, weight = random(3, 40), random(50, 40)
+    logits = KERNELS["tiles"].logits(x, *KERNELS["tiles"].matrices(weight.clone()))
+    assert logits.dtype == torch.float32 and close(logits.bfloat16(), x.float() @ weight.float().T)
+
+
+@needs_native
 @pytest.mark.parametrize("shape", [(64, 96), (50, 96), (64, 40)])
 def test_rows_of_a_matrix_come_back_as_they_were(shape: tuple[int, int]) -> None:
     kernels = KERNELS["tiles"]

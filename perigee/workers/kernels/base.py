@@ -80,6 +80,12 @@ class Kernels(Protocol):
         """x [tokens, in] with a matrix [out, in]: [tokens, out]."""
         ...
 
+    def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [rows, in] with a matrix [out, in]: [rows, out], float32, and not rounded to x's dtype on the way where the
+        kernels can: bfloat16 leaves so little of large logits that the best would often be one of several equals.
+        """
+        ...
+
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(x + delta, its RMS norm scaled by weight), each [tokens, width]. Without a delta the sum is x itself."""
         ...

@@ -18,6 +18,7 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "perigee_pack": [_POINTER] + [_LONG] * 2,
     "perigee_linear": [_POINTER] * 4 + [_LONG] * 9,
+    "perigee_logits": [_POINTER] * 3 + [_LONG] * 3,
     "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
     "perigee_gated_silu": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_rotate_and_store": [_POINTER] * 7 + [_LONG] * 4,
@@ -62,6 +63,7 @@ class NativeKernels(TorchKernels):
             getattr(functions, name).argtypes = signature
         self._pack = functions.perigee_pack
         self._linear = functions.perigee_linear
+        self._logits = functions.perigee_logits
         self._add_rms_norm = functions.perigee_add_rms_norm
         self._gated_silu = functions.perigee_gated_silu
         self._rotate_and_store = functions.perigee_rotate_and_store
@@ -112,6 +114,15 @@ class NativeKernels(TorchKernels):
         strides = (x.stride(0), out.stride(0), x.stride(1), out.stride(1), weight.stride(0))
         self._linear(*pointers, heads, tokens, weight.shape[1], width, *strides)
         return None
+
+    def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
+        if not matrix.packed:
+            return super().logits(x, matrix)
+        x = x.contiguous()
+        (rows, width), outputs = x.shape, len(matrix.tensor)
+        out = torch.empty(rows, outputs)
+        self._logits(x.data_ptr(), matrix.tensor.data_ptr(), out.data_ptr(), rows, outputs, width)
+        return out
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 

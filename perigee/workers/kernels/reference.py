@@ -20,6 +20,9 @@ class TorchKernels:
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, matrix.tensor, bias)
 
+    def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return F.linear(x, matrix.tensor).float()
+
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = x if delta is None else x + delta
         return total, F.rms_norm(total, weight.shape, weight, eps)

@@ -70,9 +70,9 @@ class Decoder(Prepared):
         return x if delta is None else x + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, vocabulary] for hidden states [rows, width]."""
+        """[rows, vocabulary], float32, for hidden states [rows, width]."""
         _, normed = self.kernels.add_rms_norm(hidden, None, self.norm, self.config.rms_norm_eps)
-        return self.kernels.linear(normed, self.head_matrix)
+        return self.kernels.logits(normed, self.head_matrix)
 
     def places(self) -> Iterator[tuple[str, Place]]:
         """Each tensor of a Hugging Face checkpoint, and the place in this model where it belongs."""
