@@ -21,10 +21,12 @@ async def test_blocks_that_one_worker_computed_are_hits_for_all(pairs: Endpoint)
     prefix = random_prompt(320, pairs.vocabulary.size, "shared")
     await pairs.complete(prefix, max_tokens=1)
     before = totals(await pairs.until_at_rest(), "prefill", "cached_prompt_tokens_total")
-    # So long that the first worker has not computed its own when the others come.
-    suffixes = [random_prompt(1000, pairs.vocabulary.size, f"suffix {index}") for index in range(8)]
-    answers = await pairs.complete_all([*prefix, *suffix] for suffix in suffixes)
-    assert [answer.cached_tokens for answer in answers] == [320] * 8
-    after = totals(await pairs.until_at_rest(), "prefill", "cached_prompt_tokens_total")
-    assert all(now > then for then, now in zip(before, after, strict=True))
-    assert sum(after) - sum(before) == 8 * 320
+    for count in range(8, 200, 8):  # of eight that come one by one, on a busy machine, all may go to one worker
+        suffixes = [random_prompt(1000, pairs.vocabulary.size, f"suffix {count} {index}") for index in range(8)]
+        answers = await pairs.complete_all([*prefix, *suffix] for suffix in suffixes)
+        assert [answer.cached_tokens for answer in answers] == [320] * 8
+        after = totals(await pairs.until_at_rest(), "prefill", "cached_prompt_tokens_total")
+        assert sum(after) - sum(before) == count * 320
+        if all(now > then for then, now in zip(before, after, strict=True)):
+            return
+    raise AssertionError(f"one worker took all: {before}, {after}")
