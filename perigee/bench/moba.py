@@ -19,7 +19,6 @@ from perigee.bench import ours, random_moonlight
 from perigee.bench.errors import BenchError
 from perigee.bench.machine import describe
 from perigee.bench.workload import Job, Sizes, directory_of
-from perigee.workers.attention.chunks import ChunkAttention
 from perigee.workers.engine.engine import Engine
 from perigee.workers.model.config import ModelConfig, load_config
 from perigee.workers.model.moba_config import MobaConfig
@@ -79,9 +78,9 @@ class Subject:
         self.attention, self.gate = Timer(), Timer()
         for layer in engine.runner.model.layers:
             backend: Any = layer.get_submodule("attention").backend
-            chunks: ChunkAttention = backend.chunks
+            chunks: Any = backend.chunks
             backend.attend = self.attention.around(backend.attend)
-            chunks.choose = self.gate.around(chunks.choose)  # type: ignore[method-assign]
+            chunks.choose = self.gate.around(chunks.choose)
 
     def prefill(self, length: int) -> Times:
         self.attention.take(), self.gate.take()

@@ -72,10 +72,13 @@ async def _measured(cluster: Cluster, config: ProfileConfig) -> Samples:
 
 
 def _check_writable(field: str, file: Path) -> None:
-    """Better known before minutes of measuring than after them."""
+    """Better known before minutes of measuring than after them. Leaves no file where there was none."""
+    is_new = not file.exists()
     try:
         with file.open("a", encoding="utf-8"):
             pass
+        if is_new:
+            file.unlink()
     except OSError as error:
         raise ProfilingError(f"{field}: cannot write to {str(file)!r}: {error.strerror}") from error
 

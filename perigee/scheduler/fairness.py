@@ -117,7 +117,8 @@ class Shares:
     def is_above(self, tenant: str, now: float) -> bool:
         """Whether the tenant holds more than its fair share while another one was turned away lately."""
         self._forget(now)
-        if len(self._refused_at) == (tenant in self._refused_at):  # nobody, or nobody else
+        num_others = len(self._refused_at) - (tenant in self._refused_at)
+        if not num_others:
             return False
         return self._pages.get(tenant, 0) * self._weight > self._held * self._weight_of(tenant)
 

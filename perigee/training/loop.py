@@ -64,7 +64,7 @@ class Trainer:
         step, recipe = self.steps_made, self.recipe
         self.model.publish()
         loss = self.loss(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch declares no types for it
         self.model.collect()
         clip_grad_norm_(self.model.trained.values(), recipe.max_grad_norm)
         for group in self.optimizer.param_groups:

@@ -1,5 +1,6 @@
 """What comes of a measurement that fails."""
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ async def test_what_fails_beside_busy_neighbours_is_told_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("field", ["output", "json"])
-async def test_a_file_that_cannot_be_written_is_refused_before_the_cluster_is_asked(field: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_the_cluster_is_asked(field: str, tmp_path: Path) -> None:
     files = {"output": str(tmp_path / "profile.yaml"), "json_file": "-"}
     files |= {"output" if field == "output" else "json_file": "/nowhere/file"}
     with pytest.raises(ProfilingError, match=f"^{field}: cannot write to '/nowhere/file': No such file"):
-        await run(ProfileConfig.model_validate({"url": "http://127.0.0.1:1", **files}))
+        asyncio.run(run(ProfileConfig.model_validate({"url": "http://127.0.0.1:1", **files})))
+    assert not list(tmp_path.iterdir())

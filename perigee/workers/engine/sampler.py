@@ -29,8 +29,7 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: list[Draw]) -> list[Token]:
-    """One token for each row of `logits` [rows, vocabulary] (any float dtype)."""
-    logits = logits.float()
+    """One token for each row of `logits` [rows, vocabulary], float32."""
     if all(_is_plain_greedy(draw) for draw in draws):
         return [Token(token) for token in logits.argmax(dim=-1).tolist()]
     return [_sample_row(row, draw) for row, draw in zip(logits, draws, strict=True)]

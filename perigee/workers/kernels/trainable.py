@@ -28,12 +28,12 @@ class TrainableKernels(TorchKernels):
     def experts(self, x: Tensor, chosen: Chosen, gate_up: Matrix, down: Matrix) -> Tensor:
         num_routed = len(gate_up.tensor) - chosen.num_shared
         places, sizes = _places(chosen.experts, num_routed)
-        rows: Tensor = _Spread.apply(x, places, sum(sizes))  # type: ignore[no-untyped-call]
+        rows: Tensor = _Spread.apply(x, places, sum(sizes))  # type: ignore[no-untyped-call]  # torch's
         # Unbound, so that their gradients are stacked once rather than each added to zeros of the whole stack's size.
         experts = list(zip(gate_up.tensor.unbind(), down.tensor.unbind(), strict=True))
         parts = zip(torch.split(rows, sizes), experts[:num_routed], strict=True)
         made = torch.cat([self._expert(part, *expert) for part, expert in parts if len(part)])
-        collected: Tensor = _Collect.apply(made, places)  # type: ignore[no-untyped-call]
+        collected: Tensor = _Collect.apply(made, places)  # type: ignore[no-untyped-call]  # torch's
         total = (collected * chosen.weights[..., None].to(x.dtype)).sum(dim=1)
         for expert in experts[num_routed:]:
             total = total + self._expert(x, *expert)

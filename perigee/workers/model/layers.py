@@ -68,7 +68,8 @@ class GatedMLP(nn.Module):
         self.down = Projection(intermediate, width, kernels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, width]
-        return self.down(self.kernels.gated_silu(self.gate_up(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.down(self.kernels.gated_silu(self.gate_up(x)))
+        return out
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         sizes = (len(self.gate_up.weight) // 2,) * 2

@@ -30,7 +30,8 @@ class LlamaAttention(nn.Module):
         assert cache.values is not None
         qkv = self.qkv(x).view(tokens, -1, self.config.head_dim)
         q = self.kernels.rotate_and_store(qkv, rope, batch.rows, cache.keys, cache.values, self.config.num_heads)
-        return self.out(self.backend.attend(q, cache, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
+        out: Tensor = self.out(self.backend.attend(q, cache, batch).reshape(tokens, -1))
+        return out
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         config = self.config

@@ -44,7 +44,8 @@ class MultiHeadLatentAttention(nn.Module):
         q = self.kernels.rotate_and_store_latent(
             q, latent, self.latent_norm, LATENT_NORM_EPS, rope, batch.rows, cache.keys
         )
-        return self.out(self.backend.attend(q, cache, self.up, batch).reshape(tokens, -1))  # type: ignore[no-any-return]
+        out: Tensor = self.out(self.backend.attend(q, cache, self.up, batch).reshape(tokens, -1))
+        return out
 
     def places(self, prefix: str) -> Iterator[tuple[str, Place]]:
         config = self.config

@@ -24,11 +24,11 @@ int perigee_pack(bf16 *w, long n, long k) {
     return failed ? -1 : 0;
 }
 
-// One group of 32 columns of y (16 at the right edge) for rows [first, last) of x. y is float if `wide`, else bf16.
+// One group of 32 columns of y (16 at the right edge) for rows [first, last) of x. y is float if `exact`, else bf16.
 typedef struct {
     const bf16 *x, *w, *bias;
     void *y;
-    long x_stride, y_stride, n, k, wide;
+    long x_stride, y_stride, n, k, exact;
 } linear;
 
 static void round_rows(const float *c, const bf16 *bias, bf16 *y, long y_stride, long m, long cols) {
@@ -49,7 +49,7 @@ static void linear_group(const linear *l, long first, long last, long col) {
     multiply_panel((product){.a = l->x + first * l->x_stride, .b = l->w + col * l->k, .lda = l->x_stride, .m = last - first,
                              .block_stride = cols == GROUP_COLS ? BLOCK * l->k : 0, .k = l->k, .c = c, .ldc = GROUP_COLS});
     const long at = first * l->y_stride + col;
-    if (l->wide)
+    if (l->exact)
         copy_rows(c, (float *)l->y + at, l->y_stride, last - first, cols);
     else
         round_rows(c, l->bias ? l->bias + col : NULL, (bf16 *)l->y + at, l->y_stride, last - first, cols);
@@ -57,7 +57,7 @@ static void linear_group(const linear *l, long first, long last, long col) {
 
 static void multiply_all(linear l, long heads, long m, long x_head, long y_head, long w_head) {
     const long row_blocks = (m + PANEL_ROWS - 1) / PANEL_ROWS, col_blocks = (l.n + GROUP_COLS - 1) / GROUP_COLS;
-    const long y_bytes = l.wide ? sizeof(float) : sizeof(bf16);
+    const long y_bytes = l.exact ? sizeof(float) : sizeof(bf16);
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(dynamic, m > GROUP_ROWS ? 4 : 2)
