@@ -61,8 +61,10 @@ def parts(config: UpConfig, directory: Path, without: Collection[str] = ()) -> I
     `directory`. All are ended afterwards.
     """
     specs = plan(config, config.port, Path(config.model), directory, [])
-    secret = {"PERIGEE_CLUSTER_SECRET": config.cluster_secret.get_secret_value()} if config.cluster_secret else {}
-    started = Parts({spec.name: spec for spec in specs}, directory / "log", secret)
+    environment = {"PERIGEE_WORKER_DRAIN_S": str(PATIENCE_S)}
+    if config.cluster_secret:
+        environment["PERIGEE_CLUSTER_SECRET"] = config.cluster_secret.get_secret_value()
+    started = Parts({spec.name: spec for spec in specs}, directory / "log", environment)
     try:
         for name in started.specs:
             if name not in without:
