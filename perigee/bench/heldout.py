@@ -31,7 +31,9 @@ def loss_of(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
 def _loss(engine: Engine, row: Sequence[int]) -> float:
     hidden: list[Tensor] = []
     model = engine.runner.model
-    hook = model.register_forward_hook(lambda module, arguments, output: hidden.append(output))
+    hook = model.layers[-1].register_forward_hook(
+        lambda module, arguments, output: hidden.append(output[0] + output[1])
+    )
     sequence = TokenSequence(Ref("loss"), tuple(row), len(row), (), Sampling(temperature=0.0, max_tokens=1))
     engine.run_alone(sequence)
     hook.remove()

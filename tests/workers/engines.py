@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from perigee.kvstore.blocks import chain, num_blocks
+from perigee.kvstore.blocks import DType, chain, num_blocks
 from perigee.workers.config import WorkerConfig
 from perigee.workers.engine.batcher import Active
 from perigee.workers.engine.engine import Engine, StepResult
@@ -20,15 +21,15 @@ BLOCK_TOKENS = 32
 ROOT = bytes(32)
 
 
-def engine(directory: Path, moba: str = "", **limits: int) -> Engine:
-    """A float32 engine of the checkpoint in `directory`."""
+def engine(directory: Path, moba: str = "", dtype: DType = "float32", **limits: int) -> Engine:
+    """An engine of the checkpoint in `directory`."""
     config = WorkerConfig(
         id="test",
         role="mixed",
         model=str(directory),
         store=Path("/nonexistent"),
         directory="unix:/nonexistent",
-        dtype="float32",
+        dtype=dtype,
         block_tokens=BLOCK_TOKENS,
         **limits,
     )
@@ -50,17 +51,25 @@ def run(engine: Engine, sequences: Items[Sequence]) -> list[list[int]]:
 def logits(engine: Engine, sequences: Items[Sequence]) -> list[tuple[list[int], Tensor]]:
     """Generates all of them in one batch: the tokens of each, and the logits after each but the last."""
     model = engine.runner.model
-    made: list[Tensor] = []
     hidden: dict[Ref, list[Tensor]] = defaultdict(list)
     actives: dict[Ref, Active] = {}
-    hook = model.register_forward_hook(lambda module, arguments, output: made.append(output))
-    for step in _steps(engine, sequences):
-        rows = torch.split(made.pop(), [chunk.length for chunk in step.chunks])
-        for chunk, own in zip(step.chunks, rows, strict=True):
-            actives[chunk.active.ref] = chunk.active
-            hidden[chunk.active.ref].append(own)
-    hook.remove()
+    with hidden_states(engine) as made:
+        for step in _steps(engine, sequences):
+            rows = torch.split(made.pop(), [chunk.length for chunk in step.chunks])
+            for chunk, own in zip(step.chunks, rows, strict=True):
+                actives[chunk.active.ref] = chunk.active
+                hidden[chunk.active.ref].append(own)
     return [(_tokens(actives[one.ref]), model.logits(torch.cat(hidden[one.ref]))) for one in sequences]
+
+
+@contextmanager
+def hidden_states(engine: Engine) -> Iterator[list[Tensor]]:
+    """What the last layer makes of each step that is not a repeated one."""
+    made: list[Tensor] = []
+    last = engine.runner.model.layers[-1]
+    hook = last.register_forward_hook(lambda module, arguments, output: made.append(output[0] + output[1]))
+    yield made
+    hook.remove()
 
 
 def _steps(engine: Engine, sequences: Items[Sequence]) -> Iterator[StepResult]:

@@ -219,7 +219,7 @@ def test_sparse_decode_over_pages_equals_the_torch_form(kv_heads: int) -> None:
         spans.append(Span(row, 1, start, 10, pages, torch.bfloat16))
     width = max(len(span.pages.pages) for span in spans)
     tables = torch.tensor([span.pages.pages + (0,) * (width - len(span.pages.pages)) for span in spans]).int()
-    decode = DecodeBatch(tables, torch.tensor(starts) + 1, 32, max(starts) + 1)
+    decode = DecodeBatch(tables, torch.tensor(starts) + 1, 32)
     none = torch.empty(0, dtype=torch.int64)
     q = random(len(starts), 4, 32, seed=2).bfloat16()
     native, plain = (

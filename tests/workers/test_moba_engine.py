@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from perigee.kvstore.blocks import PayloadHeader
-from perigee.workers.attention.base import StepBatch
 from perigee.workers.engine.engine import Engine
 from perigee.workers.model.config import load_config
 from perigee.workers.model.errors import UnsupportedModel
 from perigee.workers.model.moba_config import MobaConfig
 from tests import tiny_moonlight
-from tests.workers.engines import BLOCK_TOKENS, engine, prefill_payloads, run, run_cached, sequence
+from tests.workers.engines import BLOCK_TOKENS, engine, hidden_states, prefill_payloads, run, run_cached, sequence
 
 MOBA = "block_size=64,top_k=2,full_layers=1,min_length=96"
 PROMPT = [(7919 * i) % 300 + 20 for i in range(400)]
@@ -80,16 +79,8 @@ def test_positions_below_the_least_length_attend_to_everything(checkpoint: Path)
 
 def hidden(subject: Engine) -> Tensor:
     """What the last layer makes of each position of the prompt."""
-    batches: list[Tensor] = []
-    model = subject.runner.model
-    forward = model.forward
-
-    def recording(token_ids: Tensor, batch: StepBatch, pool: object) -> Tensor:
-        batches.append(forward(token_ids, batch, pool))  # type: ignore[arg-type]
-        return batches[-1]
-
-    model.forward = recording  # type: ignore[method-assign]
-    run(subject, [sequence(PROMPT, max_tokens=1)])
+    with hidden_states(subject) as batches:
+        run(subject, [sequence(PROMPT, max_tokens=1)])
     return torch.cat(batches)
 
 

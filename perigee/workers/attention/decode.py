@@ -44,7 +44,7 @@ def _attend_chosen(
     for kv_head in range(kv_heads):
         own = slice(kv_head * group, (kv_head + 1) * group)
         mine = torch.arange(sequences * heads).view(sequences, heads)[:, own].flatten()
-        batch = DecodeBatch(pages[mine], seen[mine], page_tokens, max(contexts))
+        batch = DecodeBatch(pages[mine], seen[mine], page_tokens)
         keys_of = cache.keys[:, kv_head * dim : (kv_head + 1) * dim]
         values_of = values[:, kv_head * value_dim : (kv_head + 1) * value_dim]
         one_head = q[:, own].reshape(-1, 1, dim)

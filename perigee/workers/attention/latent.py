@@ -96,16 +96,10 @@ class LatentAttention:
         return absorbed < expanded
 
     def _absorb(self, q: Tensor, up: UpProjection) -> Tensor:  # [tokens, heads, rank + rope_dim]
-        nope_dim, rank = self.config.nope_dim, self.config.kv_lora_rank
-        absorbed = q.new_empty(*q.shape[:2], self.config.latent_width)
-        absorbed[..., rank:] = q[..., nope_dim:]
-        self.kernels.linear_heads(q[..., :nope_dim], up.absorbing, absorbed[..., :rank])
-        return absorbed
+        return self.kernels.linear_heads(q, up.absorbing)
 
     def _values(self, attended: Tensor, up: UpProjection) -> Tensor:  # [tokens, heads, value_dim]
-        out = attended.new_empty(*attended.shape[:2], self.config.value_dim)
-        self.kernels.linear_heads(attended, up.values, out)
-        return out
+        return self.kernels.linear_heads(attended, up.values)
 
     def _absorbed(self, q: Tensor, cache: LayerCache, up: UpProjection, span: Span) -> Tensor:
         keys = cache.keys[span.pool_rows][:, None]  # one head

@@ -5,6 +5,7 @@ import torch
 from perigee.kvstore.blocks import num_blocks
 from perigee.workers.attention.base import KVPool, Span, StepBatch
 from perigee.workers.engine.batcher import Active, Chunk
+from perigee.workers.engine.recorded import RecordedSteps
 from perigee.workers.engine.sampler import Draw, sample
 from perigee.workers.engine.sequence import Token
 from perigee.workers.kernels.base import DecodeBatch
@@ -18,12 +19,13 @@ class Runner:
         self.model = model
         self.pool = pool
         self.eos_token_ids = eos_token_ids
+        self._steps = RecordedSteps(model, pool)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Token]:
         """Computes the chunks and samples a token for each that reaches its sequence's end, in their order."""
         token_ids = torch.tensor([t for c in chunks for t in c.active.tokens(c.start, c.stop)])
-        hidden = self.model(token_ids, self._batch(chunks), self.pool)
+        hidden = self._steps.hidden(token_ids, self._batch(chunks))
         ends = _sampled_rows(chunks)
         if not ends:
             return []
@@ -54,14 +56,14 @@ class Runner:
 
 
 def _decode_batch(chunks: list[Chunk], page_tokens: int) -> DecodeBatch | None:
-    """The batch as one query a sequence, if that is what it is."""
+    """The batch as one query a sequence, if that is what it is. Page tables double, so that shapes are few."""
     if any(chunk.length > 1 for chunk in chunks):
         return None
     contexts = [chunk.stop for chunk in chunks]
-    width = num_blocks(max(contexts), page_tokens)
+    width = 1 << (num_blocks(max(contexts), page_tokens) - 1).bit_length()
     tables = [chunk.active.pages.pages[:width] for chunk in chunks]
     padded = [table + (0,) * (width - len(table)) for table in tables]
-    return DecodeBatch(torch.tensor(padded, dtype=torch.int32), torch.tensor(contexts), page_tokens, max(contexts))
+    return DecodeBatch(torch.tensor(padded, dtype=torch.int32), torch.tensor(contexts), page_tokens)
 
 
 def _full_pages(chunk: Chunk) -> tuple[int, ...]:

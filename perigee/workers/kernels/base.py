@@ -1,5 +1,6 @@
 """What a model asks of its kernels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,7 +14,6 @@ class DecodeBatch:
     pages: Tensor  # [sequences, pages] int32, padded at the end
     contexts: Tensor  # [sequences] int64: tokens that each query sees, itself included
     page_tokens: int
-    longest: int  # of the contexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,14 @@ class Chosen:
     num_shared: int
 
 
+class Captured(Protocol):
+    """The operations of a step, on the very tensors that it had."""
+
+    def replay(self) -> None:
+        """Does them again, with what is in those tensors now. Raises MemoryError."""
+        ...
+
+
 class Kernels(Protocol):
     """Operations on tensors of one dtype. None changes its inputs, but those named `..._and_store` fill the pool."""
 
@@ -114,8 +122,10 @@ class Kernels(Protocol):
         """
         ...
 
-    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
-        """A linear map a head: x [tokens, heads, in] with a matrix [heads, out, in] into `out` [tokens, heads, out]."""
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """A linear map a head: x [tokens, heads, in + rest] with a matrix [heads, out, in]. What follows the first `in`
+        values of each head is kept as it is: [tokens, heads, out + rest].
+        """
         ...
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -169,4 +179,8 @@ class Kernels(Protocol):
         keys: [rows, kv_heads * head_dim]; values: [rows, kv_heads * value_dim], perhaps a part of the keys' rows.
         Returns [sequences, heads, value_dim].
         """
+        ...
+
+    def capture(self, step: Callable[[], None]) -> Captured | None:
+        """Runs `step`, and notes its operations if all of them can be repeated, as CUDA graphs do on a GPU."""
         ...

@@ -27,6 +27,7 @@ class NativeUnavailable(Exception):
     """This machine can't build or run the native kernels. The message says why."""
 
 
+@cache
 def library(*, tiles: bool = True) -> ctypes.CDLL:
     """The library for these sources, compiler flags and processor; compiled unless it is there.
 

@@ -1,23 +1,25 @@
 """The kernels in C, for bfloat16 inference on the CPU. What one of them does not cover goes to torch."""
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perigee.workers.kernels.base import Chosen, DecodeBatch, Matrix, Rope, Routing
+from perigee.workers.kernels.base import Captured, Chosen, DecodeBatch, Matrix, Rope, Routing
 from perigee.workers.kernels.build import library
+from perigee.workers.kernels.capture import Recorder, Scratch
 from perigee.workers.kernels.reference import TorchKernels
 
 # A context is cut in parts of at least this many tokens while there are fewer tasks than it takes to keep threads busy.
 _PART_TOKENS = 256
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "perigee_pack": [_POINTER] + [_LONG] * 2,
     "perigee_linear": [_POINTER] * 4 + [_LONG] * 9,
+    "perigee_copy_ends": [_POINTER] * 2 + [_LONG] * 4,
     "perigee_logits": [_POINTER] * 3 + [_LONG] * 3,
     "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
     "perigee_gated_silu": [_POINTER] * 2 + [_LONG] * 2,
@@ -29,6 +31,7 @@ _SIGNATURES = {
     "perigee_choose_blocks": [_POINTER] * 3 + [_LONG] * 8,
     "perigee_attend_sparse": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_attend_paged": [_POINTER] * 6 + [_LONG] * 10 + [_FLOAT],
+    "perigee_replay": [_POINTER, _LONG],
 }
 
 
@@ -61,19 +64,8 @@ class NativeKernels(TorchKernels):
     def __init__(self, functions: ctypes.CDLL) -> None:
         for name, signature in _SIGNATURES.items():
             getattr(functions, name).argtypes = signature
-        self._pack = functions.perigee_pack
-        self._linear = functions.perigee_linear
-        self._logits = functions.perigee_logits
-        self._add_rms_norm = functions.perigee_add_rms_norm
-        self._gated_silu = functions.perigee_gated_silu
-        self._rotate_and_store = functions.perigee_rotate_and_store
-        self._rotate_and_store_latent = functions.perigee_rotate_and_store_latent
-        self._route = functions.perigee_route
-        self._experts = functions.perigee_experts
-        self._attend_chunk = functions.perigee_attend_chunk
-        self._choose_blocks = functions.perigee_choose_blocks
-        self._attend_sparse = functions.perigee_attend_sparse
-        self._attend_paged = functions.perigee_attend_paged
+        self._native: ctypes.CDLL | Recorder = functions
+        self._scratch = Scratch()
 
     # ---- matrices ------------------------------------------------------------------------------------------------
 
@@ -82,7 +74,7 @@ class NativeKernels(TorchKernels):
             return super().matrices(*weights)
         for weight in weights:
             width = weight.shape[-1]
-            if self._pack(weight.data_ptr(), weight.numel() // width, width):
+            if self._native.perigee_pack(weight.data_ptr(), weight.numel() // width, width):
                 raise MemoryError(f"no memory to pack a matrix of shape {list(weight.shape)}")
         return tuple(Matrix(weight, packed=True) for weight in weights)
 
@@ -102,18 +94,22 @@ class NativeKernels(TorchKernels):
         out = x.new_empty(tokens, outputs)
         bias_at = None if bias is None else bias.data_ptr()
         pointers = (x.data_ptr(), matrix.tensor.data_ptr(), bias_at, out.data_ptr())
-        self._linear(*pointers, 1, tokens, outputs, width, x.stride(0), outputs, 0, 0, 0)
+        self._native.perigee_linear(*pointers, 1, tokens, outputs, width, x.stride(0), outputs, 0, 0, 0)
         return out
 
-    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
-        if not matrix.packed or x.stride(2) != 1 or out.stride(2) != 1:
-            return super().linear_heads(x, matrix, out)
-        tokens, heads, width = x.shape
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        if not matrix.packed or not x.is_contiguous():
+            return super().linear_heads(x, matrix)
         weight = matrix.tensor
-        pointers = (x.data_ptr(), weight.data_ptr(), None, out.data_ptr())
+        (tokens, heads, total), (_, outputs, width) = x.shape, weight.shape
+        rest = total - width
+        out = x.new_empty(tokens, heads, outputs + rest)
         strides = (x.stride(0), out.stride(0), x.stride(1), out.stride(1), weight.stride(0))
-        self._linear(*pointers, heads, tokens, weight.shape[1], width, *strides)
-        return None
+        pointers = (x.data_ptr(), weight.data_ptr(), None, out.data_ptr())
+        self._native.perigee_linear(*pointers, heads, tokens, outputs, width, *strides)
+        if rest:
+            self._native.perigee_copy_ends(x.data_ptr(), out.data_ptr(), tokens * heads, total, outputs + rest, rest)
+        return out
 
     def logits(self, x: Tensor, matrix: Matrix) -> Tensor:
         if not matrix.packed:
@@ -121,7 +117,7 @@ class NativeKernels(TorchKernels):
         x = x.contiguous()
         (rows, width), outputs = x.shape, len(matrix.tensor)
         out = torch.empty(rows, outputs)
-        self._logits(x.data_ptr(), matrix.tensor.data_ptr(), out.data_ptr(), rows, outputs, width)
+        self._native.perigee_logits(x.data_ptr(), matrix.tensor.data_ptr(), out.data_ptr(), rows, outputs, width)
         return out
 
     # ---- rows ----------------------------------------------------------------------------------------------------
@@ -137,7 +133,7 @@ class NativeKernels(TorchKernels):
             delta = delta.contiguous()
             total, delta_at = torch.empty_like(x), delta.data_ptr()
         pointers = (x.data_ptr(), delta_at, weight.data_ptr(), total.data_ptr(), normed.data_ptr())
-        self._add_rms_norm(*pointers, rows, width, eps)
+        self._native.perigee_add_rms_norm(*pointers, rows, width, eps)
         return total, normed
 
     def gated_silu(self, gate_up: Tensor) -> Tensor:
@@ -145,7 +141,7 @@ class NativeKernels(TorchKernels):
         if width % 16 or not gate_up.is_contiguous():
             return super().gated_silu(gate_up)
         out = gate_up.new_empty(rows, width)
-        self._gated_silu(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        self._native.perigee_gated_silu(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
 
     def rotate_and_store(
@@ -157,7 +153,7 @@ class NativeKernels(TorchKernels):
         q = qkv.new_empty(tokens, num_heads, head_dim)
         tensors = (qkv, rope.cos, rope.sin, rows, q, keys, values)
         kv_heads = (total_heads - num_heads) // 2
-        self._rotate_and_store(*(t.data_ptr() for t in tensors), tokens, num_heads, kv_heads, head_dim)
+        self._native.perigee_rotate_and_store(*(t.data_ptr() for t in tensors), tokens, num_heads, kv_heads, head_dim)
         return q
 
     def rotate_and_store_latent(
@@ -170,7 +166,7 @@ class NativeKernels(TorchKernels):
         out = q.new_empty(q.shape)
         tensors = (q, latent, norm, rope.cos, rope.sin, rows, out, latents)
         shape = (tokens, heads, head_dim - rope_dim, rope_dim, rank, q.stride(0), latent.stride(0), rope.interleaved)
-        self._rotate_and_store_latent(*(t.data_ptr() for t in tensors), *shape, eps)
+        self._native.perigee_rotate_and_store_latent(*(t.data_ptr() for t in tensors), *shape, eps)
         return out
 
     # ---- experts -------------------------------------------------------------------------------------------------
@@ -185,7 +181,7 @@ class NativeKernels(TorchKernels):
         groups = (routing.num_groups, routing.groups_per_token, routing.best_of_group)
         options = (routing.scoring == "softmax", routing.normalise, routing.scaling_factor)
         shape = (tokens, width, len(weight), chosen, *groups)
-        if self._route(*pointers, experts.data_ptr(), weights.data_ptr(), *shape, *options):
+        if self._native.perigee_route(*pointers, experts.data_ptr(), weights.data_ptr(), *shape, *options):
             return super().route(x, weight, bias, routing)
         return weights, experts
 
@@ -196,7 +192,7 @@ class NativeKernels(TorchKernels):
         tensors = (x, chosen.experts, chosen.weights, gate_up.tensor, down.tensor, out)
         num_experts, width, inter = down.tensor.shape
         shape = (len(x), chosen.experts.shape[1], chosen.num_shared, num_experts, width, inter)
-        if self._experts(*(t.data_ptr() for t in tensors), *shape):
+        if self._native.perigee_experts(*(t.data_ptr() for t in tensors), *shape):
             raise MemoryError(f"no memory for the experts of {len(x)} tokens")
         return out
 
@@ -206,7 +202,7 @@ class NativeKernels(TorchKernels):
         self, q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, shared_keys: Tensor | None = None
     ) -> Tensor | None:
         q, out = q.contiguous(), q.new_empty(*q.shape[:2], values.shape[2])
-        done = self._attend_chunk(_chunk(q, keys, values, out, start, scale, shared_keys))
+        done = self._native.perigee_attend_chunk(_chunk(q, keys, values, out, start, scale, shared_keys))
         return out if done == 0 else None
 
     def choose_blocks(self, q: Tensor, centroids: Tensor, start: int, block_size: int, count: int) -> Tensor:
@@ -220,7 +216,8 @@ class NativeKernels(TorchKernels):
         self.matrices(packed)
         q, chosen = q.contiguous(), torch.empty(length, heads, count, dtype=torch.int32)
         pointers = (q.data_ptr(), packed.data_ptr(), chosen.data_ptr())
-        if self._choose_blocks(*pointers, length, start, heads, kv_heads, head_dim, padded, block_size, count):
+        shape = (length, start, heads, kv_heads, head_dim, padded, block_size, count)
+        if self._native.perigee_choose_blocks(*pointers, *shape):
             raise MemoryError(f"no memory for the gate of {length} tokens")
         return chosen
 
@@ -237,7 +234,7 @@ class NativeKernels(TorchKernels):
     ) -> Tensor | None:
         q, out = q.contiguous(), q.new_empty(*q.shape[:2], values.shape[2])
         chunk, blocks = _chunk(q, keys, values, out, start, scale, shared_keys), chosen.int().contiguous()
-        done = self._attend_sparse(chunk, blocks.data_ptr(), blocks.shape[2], block_size)
+        done = self._native.perigee_attend_sparse(chunk, blocks.data_ptr(), blocks.shape[2], block_size)
         return out if done == 0 else None
 
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:
@@ -248,12 +245,25 @@ class NativeKernels(TorchKernels):
         tensors = (q, keys, values, batch.pages, batch.contexts, out)
         strides = (keys.stride(0), values.stride(0))
         shape = (sequences, heads, kv_heads, head_dim, value_dim, *strides, batch.page_tokens, batch.pages.shape[1])
-        parts = _parts(batch.longest, sequences * kv_heads)
-        done = self._attend_paged(*(t.data_ptr() for t in tensors), *shape, parts, scale)
+        parts = _parts(batch.pages.shape[1] * batch.page_tokens, sequences * kv_heads)
+        done = self._native.perigee_attend_paged(*(t.data_ptr() for t in tensors), *shape, parts, scale)
         return out if done == 0 else None
 
+    # ---- whole steps ---------------------------------------------------------------------------------------------
 
-@cache
+    def capture(self, step: Callable[[], None]) -> Captured | None:
+        functions = self._native
+        assert isinstance(functions, ctypes.CDLL)
+        recorder = Recorder(functions, _SIGNATURES)
+        self._native = recorder
+        try:
+            with recorder.watching(self._scratch):
+                step()
+        finally:
+            self._native = functions
+        return recorder.captured()
+
+
 def load(*, tiles: bool = True) -> NativeKernels:
     """The native kernels, built if need be, with the processor's matrix unit or without. Raises NativeUnavailable."""
     return NativeKernels(library(tiles=tiles))

@@ -1,11 +1,13 @@
 """The kernels in plain torch: any dtype, any device, differentiable. What the native ones are held against."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perigee.workers.attention.moba import choose_blocks
-from perigee.workers.kernels.base import Chosen, DecodeBatch, Matrix, Rope, Routing
+from perigee.workers.kernels.base import Captured, Chosen, DecodeBatch, Matrix, Rope, Routing
 
 
 class TorchKernels:
@@ -49,8 +51,10 @@ class TorchKernels:
         latents[rows, rank:] = rotate(latent[:, None, rank:], rope)[:, 0]
         return torch.cat([q[..., :-rope_dim], rotate(q[..., -rope_dim:], rope)], dim=-1)
 
-    def linear_heads(self, x: Tensor, matrix: Matrix, out: Tensor) -> None:
-        out.copy_(torch.matmul(x.transpose(0, 1), matrix.tensor.transpose(1, 2)).transpose(0, 1))
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        width = matrix.tensor.shape[-1]
+        mapped = torch.matmul(x[..., :width].transpose(0, 1), matrix.tensor.transpose(1, 2)).transpose(0, 1)
+        return torch.cat([mapped, x[..., width:]], dim=-1)
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
         logits = F.linear(x.float(), weight.float())
@@ -98,6 +102,10 @@ class TorchKernels:
         block_size: int,
         shared_keys: Tensor | None = None,
     ) -> Tensor | None:
+        return None
+
+    def capture(self, step: Callable[[], None]) -> Captured | None:
+        step()
         return None
 
     def attend_decode(self, q: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, scale: float) -> Tensor | None:

@@ -61,13 +61,23 @@ class Decoder(Prepared):
 
     def forward(self, token_ids: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
         """The hidden states [tokens, width] of `token_ids` [tokens]; what they cache is in the pool then."""
+        x, rope = self.embed(token_ids, batch.positions)
+        residual, delta = self.run_layers(x, rope, batch, pool)
+        return residual + delta
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rope]:
+        """What the first layer takes: the tokens' rows [tokens, width], and what rotates them."""
         tied = self.head is None
         x = self.kernels.rows(self.head_matrix if tied else Matrix(self.embedding), token_ids)
+        return x, self.rotary.at(positions)
+
+    def run_layers(self, x: Tensor, rope: Rope, batch: StepBatch, pool: KVPool) -> tuple[Tensor, Tensor]:
+        """The residual stream [tokens, width] before the last layer's MLP, and what that adds to it."""
         delta: Tensor | None = None
-        rope = self.rotary.at(batch.positions)
         for layer, cache in zip(self.layers, pool.layers, strict=True):
             x, delta = layer(x, delta, rope, cache, batch)
-        return x if delta is None else x + delta
+        assert delta is not None  # a model has layers
+        return x, delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary], float32, for hidden states [rows, width]."""

@@ -2,6 +2,7 @@
 //
 // The queries that share a key head are packed as a block of sixteen, which keys are multiplied with as they lie.
 #include "gemm.h"
+#include "kernels.h"
 
 enum { QUERIES = 16, STEP = 32 };  // of one task; tokens at a time
 

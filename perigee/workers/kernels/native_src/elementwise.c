@@ -1,6 +1,6 @@
 // What happens to each row on its own: norms, gates, rotary embedding. Eager torch passes over its data once per
 // elementary operation; these take one pass each.
-#include "bf16.h"
+#include "kernels.h"
 
 // sum = x + delta (or x where delta is NULL), y = sum / rms(sum) * w. `width` is a multiple of 16.
 void perigee_add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *w, bf16 *sum, bf16 *y, long m, long width, float eps) {
@@ -104,4 +104,9 @@ void perigee_rotate_and_store_latent(const bf16 *q, const bf16 *latent, const bf
         rms_norm(key, norm, row, rank, eps);
         rotate(key + rank, c, s, row + rank, d, interleaved);
     }
+}
+
+// The last `count` values of each row of x [rows, x_width] to the end of that of y [rows, y_width].
+void perigee_copy_ends(const bf16 *x, bf16 *y, long rows, long x_width, long y_width, long count) {
+    for (long r = 1; r <= rows; r++) memcpy(y + r * y_width - count, x + r * x_width - count, count * sizeof(bf16));
 }

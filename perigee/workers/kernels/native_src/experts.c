@@ -1,5 +1,6 @@
 // A mixture of experts: chooses, gathers each expert's tokens, and computes no expert for a token that did not choose it.
 #include "gemm.h"
+#include "kernels.h"
 
 // ---- choosing -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 // y = x wᵀ + bias, for packed w.
 #include "gemm.h"
+#include "kernels.h"
 
 // In place, sixteen rows at a time, through `scratch` of as many. w [n, k].
 static void pack_rows(bf16 *w, long k, uint32_t *scratch) {
