@@ -16,6 +16,7 @@ from perigee.workers.memory import keep_freed_memory
 from perigee.workers.messages import ModelCard
 from perigee.workers.model.checkpoint import digests, eos_token_ids
 from perigee.workers.model.config import ModelConfig
+from perigee.workers.model.errors import UnsupportedModel
 from perigee.workers.model.weights import load_model
 
 
@@ -48,7 +49,10 @@ def model_card(directory: Path, model: ModelConfig, config: WorkerConfig) -> Mod
 
 
 def max_context(model: ModelConfig, config: WorkerConfig) -> int:
-    return min(config.max_context or model.max_context, model.max_context)
+    """Positions that a sequence may have. Raises UnsupportedModel if the model has fewer than are asked for."""
+    if config.max_context > model.max_context:
+        raise UnsupportedModel(f"--max-context: {config.max_context}: this model has {model.max_context} positions")
+    return config.max_context or model.max_context
 
 
 def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> Engine:
@@ -56,13 +60,6 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    num_pages = num_blocks(config.kv_tokens, config.block_tokens)
-    # A tokenizer may know tokens that the model has no logits for.
-    eos = frozenset(token for token in eos_token_ids(directory) if token < model.vocab_size)
-    pool = KVPool(
-        model.payload_layout(config.dtype, config.block_tokens), num_pages, with_centroids=model.moba is not None
-    )
-    runner = Runner(load_model(directory, model, config.dtype), pool, eos)
     limits = BatchLimits(
         max_batched_tokens=config.max_batched_tokens,
         max_sequences=config.max_sequences,
@@ -70,6 +67,13 @@ def load_engine(directory: Path, model: ModelConfig, config: WorkerConfig) -> En
         prompts_just_in_time=computes_prompts(config.role),
         shared_prompt_tokens=config.shared_prompt_tokens,
     )
+    num_pages = num_blocks(config.kv_tokens, config.block_tokens)
+    # A tokenizer may know tokens that the model has no logits for.
+    eos = frozenset(token for token in eos_token_ids(directory) if token < model.vocab_size)
+    pool = KVPool(
+        model.payload_layout(config.dtype, config.block_tokens), num_pages, with_centroids=model.moba is not None
+    )
+    runner = Runner(load_model(directory, model, config.dtype), pool, eos)
     engine = Engine(Batcher(PagePool(num_pages, config.block_tokens), limits, eos), runner)
     _warm_up(engine, limits)
     return engine

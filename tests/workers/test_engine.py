@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from perigee.workers.engine.engine import Engine
 from perigee.workers.engine.sequence import FinishReason
+from perigee.workers.model.errors import UnsupportedModel
 from tests.workers.engines import engine, prefill_payloads, run, run_cached, sequence
 
 LENGTHS = [1, 5, 31, 32, 33, 64, 100, 257, 640]
@@ -125,3 +126,8 @@ def test_a_payload_with_a_foreign_header_is_refused(tiny: Engine, prompts: list[
     with pytest.raises(ValueError, match="not a payload header"):
         tiny.load_blocks(active, [(0, first)])
     tiny.batcher.remove(active.ref)
+
+
+def test_a_context_beyond_the_models_own_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"--max-context: 1000000: this model has \d+ positions"):
+        engine(tiny_llama, max_context=1_000_000)

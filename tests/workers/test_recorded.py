@@ -93,9 +93,7 @@ def test_what_a_gate_needs_is_computed(checkpoint: Path, monkeypatch: pytest.Mon
     made = bfloat16(checkpoint, moba)
     steps = Steps(made, monkeypatch)
     assert generated(made, PROMPTS, [100] * 4) == expected
-    filled = sum((len(prompt) + 99) // 32 - len(prompt) // 32 for prompt in PROMPTS)
-    assert steps.computed > filled
-    assert decode == "moba" or steps.repeated
+    assert steps.repeated if decode == "full" else steps.computed > steps.repeated
 
 
 @needs_native

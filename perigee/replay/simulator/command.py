@@ -32,7 +32,7 @@ class SimulateConfig(BaseModel, frozen=True, extra="forbid"):
         " [default: the cluster's]",
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many requests")
-    speed: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how many times as fast requests arrive")
+    speed: float = Field(default=1.0, ge=1e-6, le=1e6, description="how many times as fast requests arrive")
     length_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="factor on all lengths")
     slo_ttft_s: float | None = Field(
         default=None,

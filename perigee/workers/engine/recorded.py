@@ -1,7 +1,7 @@
 """Decode steps that are recorded once, and then repeated in one call."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -59,11 +59,9 @@ class RecordedSteps:
         return residual + delta
 
     def _shape(self, batch: StepBatch) -> Shape | None:
-        """None if the step has work that another one of its shape has not."""
-        if not (self._enabled and batch.decode):
-            return None
+        """None if what the step computes does not depend on its shape alone."""
         moba = self._model.config.moba
-        if moba and (len(batch.full_pages) or any(is_sparse(span, moba) for span in batch.spans)):
+        if not (self._enabled and batch.decode) or (moba and any(is_sparse(span, moba) for span in batch.spans)):
             return None
         sequences, pages = batch.decode.pages.shape
         return sequences, pages
@@ -75,12 +73,18 @@ class RecordedSteps:
         assert batch.decode
         inputs = _Inputs(x, rope, batch.rows, batch.decode)
         record = self._records.get(shape)
-        if record is None:
-            return self._record(shape, inputs, batch) if shape == self._last else self._run(x, rope, batch)
-        self._records.move_to_end(shape)
-        record.inputs.set(inputs)
-        record.operations.replay()
-        return record.results
+        if record:
+            self._records.move_to_end(shape)
+            record.inputs.set(inputs)
+            record.operations.replay()
+            results = record.results
+        elif shape == self._last:
+            results = self._record(shape, inputs, replace(batch, full_pages=batch.full_pages[:0]))
+        else:
+            return self._run(x, rope, batch)
+        for cache in self._pool.layers:  # nothing in the step reads the means of the pages that it fills
+            cache.summarise(batch.full_pages)
+        return results
 
     def _record(self, shape: Shape, inputs: _Inputs, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """The step's tensors stay where they are, for those of the steps to come."""
