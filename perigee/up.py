@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
-from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationError
 
 from perigee.configuration import ConfigurationError, as_flags, explained
 from perigee.kvstore.addresses import ClusterProcess
 from perigee.kvstore.blocks import DTYPE_BYTES, DType
 from perigee.kvstore.config import StoreConfig, TransferName
+from perigee.output import check_writable
 from perigee.scheduler.config import AdmissionName, BalanceName, ConductorConfig, PlacementName, Shadow, TenantWeights
 from perigee.scheduler.cost.hardware import cpu
 from perigee.scheduler.cost.model_shape import ModelShape
@@ -31,7 +32,7 @@ from perigee.scheduler.slo import parse_classes
 from perigee.server.config import ServerConfig
 from perigee.server.tenants import KeysFileError, Tenants
 from perigee.supervisor import Children, ChildSpec, run_directory
-from perigee.workers.config import MobaText, Role, WorkerConfig
+from perigee.workers.config import BlockTokens, MobaText, Role, WorkerConfig
 from perigee.workers.model.checkpoint import DEFAULT_MODEL, resolve
 from perigee.workers.model.errors import CheckpointError
 
@@ -64,9 +65,7 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     decode: int = Field(1, ge=1, description="number of decode workers of each store node")
     dtype: DType = Field("bfloat16", description="of weights and KVCache; outputs are exact in float32")
     moba: MobaText = Field(_WORKER["moba"].default, description=_WORKER["moba"].description)
-    block_tokens: int = Field(
-        _WORKER["block_tokens"].default, ge=1, description="tokens a KVCache block, a power of two"
-    )
+    block_tokens: BlockTokens = Field(_WORKER["block_tokens"].default, description=_WORKER["block_tokens"].description)
     dram_bytes: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="memory that each store node keeps blocks in, such as 512MiB or 2GiB"
     )
@@ -110,13 +109,6 @@ class UpConfig(ClusterProcess, frozen=True, extra="forbid"):
     record: Path | None = Field(None, description=_SCHEDULER["record"].description)
     threads: int = Field(0, ge=0, description="CPU threads of each worker; 0: one a core")
     grace_s: float = Field(10.0, gt=0, description="how long the processes may take to end, in seconds")
-
-    @field_validator("block_tokens")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("allowed are powers of two")
-        return value
 
     @property
     def model_name(self) -> str:
@@ -256,10 +248,7 @@ def _check_files(config: UpConfig) -> None:
         Tenants.load(config.api_keys_file, parse_classes(config.slo_classes))
     except KeysFileError as error:
         raise ConfigurationError([f"--api-keys-file: {str(error).removeprefix('api_keys_file: ')}"]) from error
-    for flag, path in (("--record", config.record), ("--receipts-file", config.receipts_file)):
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            allowed = "allowed is a file in a folder that can"
-            raise ConfigurationError([f"{flag}: {str(path)!r} cannot be written; {allowed}"])
+    check_writable(record=config.record, receipts_file=config.receipts_file)
 
 
 def _workers(config: UpConfig, model: Path, directory: Path, stores: Sequence[StoreConfig]) -> Iterator[WorkerConfig]:

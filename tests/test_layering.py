@@ -10,19 +10,21 @@ from tests.import_graph import ImportGraph
 
 ROOT = Path(__file__).parents[1]
 
-# Which layers a layer may import, besides itself. Modules right under `perigee` (the command line and what starts a
-# whole cluster) are on top: they may import everything, and no layer may import them.
+# Which layers a layer may import, besides itself. Other modules right under `perigee` (the command line and what starts
+# a whole cluster) are on top: they may import everything, and no layer may import them.
 TOP = "(top)"
 LAYERS = {
+    "configuration": set(),
+    "output": {"configuration"},
     "plots": set(),
     "kvstore": set(),
     "workers": {"kvstore"},
     "scheduler": {"kvstore", "workers"},
     "server": {"kvstore", "workers", "scheduler"},
-    "replay": {"plots", "kvstore", "workers", "scheduler"},
-    "profiling": {"kvstore", "workers", "scheduler"},
-    "training": {"plots", "workers.model", "workers.attention"},
-    "bench": {"plots", "kvstore", "workers", "scheduler", "server", "replay", "profiling", "training"},
+    "replay": {"output", "plots", "kvstore", "workers", "scheduler"},
+    "profiling": {"output", "kvstore", "workers", "scheduler"},
+    "training": {"output", "plots", "workers.model", "workers.attention"},
+    "bench": {"output", "plots", "kvstore", "workers", "scheduler", "server", "replay", "profiling", "training"},
 }
 
 PURE = [

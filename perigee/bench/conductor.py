@@ -1,9 +1,6 @@
 """`perigee bench conductor`: how fast the scheduler decides in a large cluster, and what it takes to know one."""
 
-import json
-import sys
 from collections.abc import Collection
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
@@ -11,6 +8,7 @@ from rich.table import Table
 
 from perigee.bench.conductor_load import BlockFigures, DecisionFigures, Scene
 from perigee.bench.errors import BenchError
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.scheduler.policies import ADMISSIONS, PLACEMENTS, make_policies
 
 _SHORT_BLOCKS, _LONG_BLOCKS = 24, 256
@@ -42,19 +40,16 @@ class ConductorBenchConfig(BaseModel):
 
 def run(config: ConductorBenchConfig) -> int:
     """Measures and shows the results. Raises BenchError for a policy that is not known."""
+    check_writable(json=config.json_file)
     _check("--placement", config.placement, PLACEMENTS)
     _check("--admission", config.admission, ADMISSIONS)
     scene = Scene(config.workers, make_policies(config.placement, config.admission))
     blocks = scene.fill(config.blocks)
     short = scene.decide(_SHORT_BLOCKS, config.decisions)
     figures = _figures(blocks, short, scene.decide(_LONG_BLOCKS, config.decisions // 10))
-    text = json.dumps(figures, indent=1) + "\n"
-    if config.json_file == "-":
-        sys.stdout.write(text)
-        return 0
-    Console().print(_table(config, figures))
-    if config.json_file:
-        Path(config.json_file).write_text(text)
+    if config.json_file != STDOUT:
+        Console().print(_table(config, figures))
+    publish_json(figures, config.json_file)
     return 0
 
 

@@ -19,6 +19,7 @@ from perigee.bench.peers.transformers_peer import Transformers
 from perigee.bench.peers.vllm_peer import Vllm
 from perigee.bench.report import Report, publish
 from perigee.bench.workload import Figures, Job, Sizes, best, directory_of
+from perigee.output import check_writable
 from perigee.workers.model.config import ModelConfig, load_config
 from perigee.workers.model.moonlight_config import MoonlightConfig
 
@@ -49,6 +50,7 @@ class EngineBenchConfig(BaseModel):
 
 def run(config: EngineBenchConfig) -> int:
     """Measures, and shows the results. Raises BenchError if a peer that was asked for fails."""
+    check_writable(json=config.json_file)
     if config.threads:
         torch.set_num_threads(config.threads)
     directory = directory_of(config.model, config.dtype)

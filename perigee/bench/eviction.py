@@ -1,7 +1,5 @@
 """`perigee bench eviction TRACE`: the block hit ratio of each eviction policy, beside Belady's MIN."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +10,7 @@ from rich.table import Table
 from perigee.bench.errors import BenchError
 from perigee.bench.foresight import Foresight
 from perigee.kvstore.evict import PolicyName, make_policy
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.replay.cache_walk import Walk, prompts_of, walk
 from perigee.replay.trace import read_trace
 
@@ -29,19 +28,16 @@ class EvictionBenchConfig(BaseModel):
 
 def run(config: EvictionBenchConfig) -> int:
     """Walks and shows the results. Raises TraceError; BenchError if the arena would hold no block, or none returns."""
+    check_writable(json=config.json_file)
     num_slots = config.capacity_tokens // config.block_tokens
     if not num_slots:
         raise BenchError(
             f"--capacity-tokens: {config.capacity_tokens} given, allowed is a block of {config.block_tokens} or more"
         )
     walks = _walks(config, num_slots)
-    text = json.dumps(_as_json(config, num_slots, walks), indent=1) + "\n"
-    if config.json_file == "-":
-        sys.stdout.write(text)
-        return 0
-    Console().print(_table(config, num_slots, walks))
-    if config.json_file:
-        Path(config.json_file).write_text(text)
+    if config.json_file != STDOUT:
+        Console().print(_table(config, num_slots, walks))
+    publish_json(_as_json(config, num_slots, walks), config.json_file)
     return 0
 
 

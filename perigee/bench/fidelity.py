@@ -20,6 +20,7 @@ from rich.table import Table
 
 from perigee.bench.errors import BenchError
 from perigee.bench.pinned import pin, running
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.profiling.cluster import Cluster, Target, fetch
 from perigee.profiling.command import profiled
 from perigee.profiling.config import ProfileConfig
@@ -114,20 +115,13 @@ class Comparison:
 
 async def run(config: FidelityBenchConfig) -> None:
     """Raises BenchError, ReplayError or ProfilingError."""
+    check_writable(json=config.json_file)
     trace = scale(read_trace(config.trace)[: config.limit], config.length_scale)
     with tempfile.TemporaryDirectory(prefix="perigee-fidelity-") as folder:
         comparison = await _compare(config, trace, Path(folder))
-    _publish(comparison, config.json_file)
-
-
-def _publish(comparison: Comparison, json_file: str) -> None:
-    text = json.dumps(comparison.as_json(), indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-        return
-    Console().print(comparison.table())
-    if json_file:
-        Path(json_file).write_text(text, encoding="utf-8")
+    if config.json_file != STDOUT:
+        Console().print(comparison.table())
+    publish_json(comparison.as_json(), config.json_file)
 
 
 async def _compare(config: FidelityBenchConfig, trace: Sequence[TraceRequest], folder: Path) -> Comparison:

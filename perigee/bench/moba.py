@@ -1,8 +1,6 @@
 """`perigee bench moba`: prefill with block-sparse attention beside our own full attention, in one run."""
 
-import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from perigee.bench import ours, random_moonlight
 from perigee.bench.errors import BenchError
 from perigee.bench.machine import describe
 from perigee.bench.workload import Job, Sizes, directory_of
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.workers.engine.engine import Engine
 from perigee.workers.model.config import ModelConfig, load_config
 from perigee.workers.model.moba_config import MobaConfig
@@ -89,17 +88,15 @@ class Subject:
 
 def run(config: MobaBenchConfig) -> int:
     """Measures, and shows the results. Raises BenchError for a length that the model has no positions for."""
+    check_writable(json=config.json_file)
     if config.threads:
         torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory(prefix="perigee-bench-") as folder:
         directory = directory_of(config.model, "bfloat16") if config.model else random_moonlight.write(Path(folder))
         results = _measure(config, directory)
-    if config.json_file == "-":
-        sys.stdout.write(json.dumps(results, indent=1) + "\n")
-        return 0
-    _print(results)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(results, indent=1) + "\n")
+    if config.json_file != STDOUT:
+        _print(results)
+    publish_json(results, config.json_file)
     return 0
 
 

@@ -1,7 +1,5 @@
 """`perigee bench recall`: whether a model finds a stated pass key again, with full attention and with MoBA."""
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from perigee.bench.heldout import MEASURED_LENGTH, loss_of, token_rows
 from perigee.bench.machine import describe
 from perigee.bench.workload import Job, Sizes, directory_of
 from perigee.kvstore.blocks import DType
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.training.text import documents, is_held_out
 from perigee.workers.engine.engine import Engine
 from perigee.workers.engine.sequence import Ref, Sampling
@@ -57,16 +56,13 @@ class RecallBenchConfig(BaseModel):
 
 def run(config: RecallBenchConfig) -> int:
     """Measures, and shows the results. Raises BenchError for lengths or a checkpoint that it cannot measure with."""
+    check_writable(json=config.json_file)
     if config.threads:
         torch.set_num_threads(config.threads)
     results = measure(config)
-    text = json.dumps(results, indent=1) + "\n"
-    if config.json_file == "-":
-        sys.stdout.write(text)
-        return 0
-    _print(results)
-    if config.json_file:
-        Path(config.json_file).write_text(text)
+    if config.json_file != STDOUT:
+        _print(results)
+    publish_json(results, config.json_file)
     return 0
 
 

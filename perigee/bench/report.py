@@ -1,10 +1,7 @@
 """The results of `perigee bench engine`, as JSON and as a table."""
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +9,7 @@ from rich.table import Table
 
 from perigee.bench.machine import MachineRates
 from perigee.bench.workload import Figures
+from perigee.output import STDOUT, publish_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +70,6 @@ def ratios(over: Figures, under: Figures) -> Figures:
 
 def publish(report: Report, json_file: str) -> None:
     """As JSON to standard output for `-`; otherwise as a table, and to the file if one is named."""
-    text = json.dumps(report.as_json(), indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-        return
-    Console().print(report.table())
-    if json_file:
-        Path(json_file).write_text(text)
+    if json_file != STDOUT:
+        Console().print(report.table())
+    publish_json(report.as_json(), json_file)

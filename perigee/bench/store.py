@@ -1,7 +1,5 @@
 """`perigee bench store`: how fast blocks move, each way beside what the machine can do at the most."""
 
-import json
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from perigee.bench.machine import describe
 from perigee.bench.store_local import lookup_keys_per_s, measure_local
 from perigee.bench.store_ssd import measure_ssd
 from perigee.bench.store_transfer import measure_pull
+from perigee.output import STDOUT, check_writable, publish_json
 
 
 class StoreBenchConfig(BaseModel):
@@ -39,6 +38,7 @@ class StoreBenchConfig(BaseModel):
 
 def run(config: StoreBenchConfig) -> int:
     """Measures, prints a table, and writes JSON if asked to."""
+    check_writable(json=config.json_file)
     sizes = {str(int(size)): _measure(config, size) for size in config.block_bytes}
     ratios = {size: _ratios(figures) for size, figures in sizes.items()}
     first = str(int(config.block_bytes[0]))
@@ -50,12 +50,9 @@ def run(config: StoreBenchConfig) -> int:
         "gb_per_s_by_block_bytes": sizes,
         "machine": describe(),
     }
-    if config.json_file == "-":
-        sys.stdout.write(json.dumps(results, indent=1) + "\n")
-        return 0
-    _print(results)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(results, indent=1) + "\n")
+    if config.json_file != STDOUT:
+        _print(results)
+    publish_json(results, config.json_file)
     return 0
 
 

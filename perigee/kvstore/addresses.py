@@ -83,16 +83,27 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+        return ipaddress.ip_address(without_brackets(host)).is_loopback
     except ValueError:
         return False
+
+
+def without_brackets(host: str) -> str:
+    """`host`, of which an IPv6 address may be in brackets, as it is beside a port."""
+    return host.removeprefix("[").removesuffix("]")
+
+
+def join(host: str, port: int) -> str:
+    """`host:port`, where an IPv6 address, in brackets or not, is in brackets."""
+    host = without_brackets(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def announced(listen: str, port: int, advertise: str = "") -> str:
     """The gRPC target to tell others: `listen`, with the port that the system chose, at the host `advertise` if any."""
     if listen.startswith("unix:"):
         return listen
-    return f"{advertise or listen.rpartition(':')[0]}:{port}"
+    return join(advertise or listen.rpartition(":")[0], port)
 
 
 def _listen_of(address: str, info: ValidationInfo) -> str:

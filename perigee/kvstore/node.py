@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from perigee.kvstore import store_pb2_grpc as rpc
-from perigee.kvstore.addresses import announced
+from perigee.kvstore.addresses import announced, join
 from perigee.kvstore.config import StoreConfig
 from perigee.kvstore.directory import Member, stay_joined, watch
 from perigee.kvstore.dram import Mapping, allocate
@@ -103,7 +103,7 @@ class _Node:
             address=address,
             pid=os.getpid(),
             host=socket.gethostname(),
-            transfer_address=listening.join(config.advertise or host, port),
+            transfer_address=join(config.advertise or host, port),
         )
 
 

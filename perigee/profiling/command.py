@@ -1,22 +1,19 @@
 """`perigee profile`: measures a running cluster, fits the cost model, and writes the profile."""
 
 import datetime
-import json
 import logging
 import secrets
-import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.profiling.cluster import Cluster, Target, Worker, fetch
 from perigee.profiling.config import ProfileConfig
-from perigee.profiling.errors import ProfilingError
 from perigee.profiling.measure import Bench, Effort
 from perigee.profiling.probe import Probe
 from perigee.scheduler.cost import CostProfile
@@ -25,14 +22,10 @@ from perigee.scheduler.cost.profile_file import Origin, PartError, ProfileFile, 
 
 logger = logging.getLogger(__name__)
 
-_STDOUT = "-"
-
 
 async def run(config: ProfileConfig) -> None:
-    """Raises ProfilingError if the cluster cannot be measured, or what comes of it not be written."""
-    _check_writable("output", config.output)
-    if config.json_file not in (None, _STDOUT):
-        _check_writable("json", Path(str(config.json_file)))
+    """Raises ProfilingError if the cluster cannot be measured, ConfigurationError for files that cannot be written."""
+    check_writable(output=config.output, json=config.json_file)
     api_key = config.api_key.get_secret_value() if config.api_key else ""
     profile, samples = await profiled(await fetch(Target(config.url, api_key)), config)
     write_profile(config.output, profile)
@@ -71,18 +64,6 @@ async def _measured(cluster: Cluster, config: ProfileConfig) -> Samples:
     return bench.samples
 
 
-def _check_writable(field: str, file: Path) -> None:
-    """Better known before minutes of measuring than after them. Leaves no file where there was none."""
-    is_new = not file.exists()
-    try:
-        with file.open("a", encoding="utf-8"):
-            pass
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise ProfilingError(f"{field}: cannot write to {str(file)!r}: {error.strerror}") from error
-
-
 def _elsewhere(worker: Worker, prefillers: Sequence[Probe]) -> Probe | None:
     """A prefill worker at another store node."""
     return next((probe for probe in prefillers if probe.worker.store != worker.store), None)
@@ -113,15 +94,9 @@ def _origin(cluster: Cluster, fitted: Fitted, config: ProfileConfig) -> Origin:
 
 def _publish(profile: ProfileFile, samples: Samples, config: ProfileConfig) -> None:
     """Tables on standard output, which makes way for JSON where that goes there."""
-    console = Console(stderr=config.json_file == _STDOUT)
+    console = Console(stderr=config.json_file == STDOUT)
     console.print(_coefficients(profile), _residuals(profile))
-    if config.json_file is None:
-        return
-    text = json.dumps({**profile.model_dump(), "samples": asdict(samples)}, indent=1) + "\n"
-    if config.json_file == _STDOUT:
-        sys.stdout.write(text)
-    else:
-        Path(config.json_file).write_text(text, encoding="utf-8")
+    publish_json({**profile.model_dump(), "samples": asdict(samples)}, config.json_file)
 
 
 def _coefficients(profile: ProfileFile) -> Table:

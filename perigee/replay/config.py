@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 from pydantic.types import StringConstraints
 
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+(/\S*)?$", strip_whitespace=True)]
@@ -45,3 +45,4 @@ class ReplayConfig(BaseModel, frozen=True, extra="forbid"):
         default=None, description="write the report as JSON to this file; - is standard output"
     )
     html: Path | None = Field(default=None, description="write the report as a page with plots to this file")
+    api_key: SecretStr | None = Field(default=None, description="Of the endpoint, where it asks for one.")

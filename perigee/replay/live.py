@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager, nullcontext
 
 import aiohttp
 
+from perigee.output import check_writable
 from perigee.replay.client import Clock, CompletionClient, Model, Params
 from perigee.replay.config import ReplayConfig
 from perigee.replay.metrics import Report, RequestRecord, Slo, summarize
 from perigee.replay.observer import Observer
 from perigee.replay.prompts import CONSERVATIVE_VOCAB_SIZE, Prompts, ordinary_tokens
-from perigee.replay.report import ReplayProgress, Run, check_html_file, check_json_file, write_run
+from perigee.replay.report import ReplayProgress, Run, write_run
 from perigee.replay.series import samples_of
 from perigee.replay.trace import TraceRequest, read_trace, scale, speed_up
 
@@ -29,10 +30,9 @@ async def run(config: ReplayConfig) -> int:
 
     Raises ReplayError if the trace cannot be used or the endpoint does not answer.
     """
-    check_json_file(config.json_file)
-    check_html_file(config.html)
+    check_writable(json=config.json_file, html=config.html)
     trace = load_trace(config)
-    async with _session(config.timeout_s) as session:
+    async with _session(config) as session:
         client = CompletionClient(session, config.url)
         model = await client.model(config.model)
         prompts = Prompts(trace, ordinary_tokens(_vocab_size(config, model)), config.seed)
@@ -125,12 +125,14 @@ def _clock() -> Clock:
 
 
 @asynccontextmanager
-async def _session(timeout_s: float) -> AsyncIterator[aiohttp.ClientSession]:
+async def _session(config: ReplayConfig) -> AsyncIterator[aiohttp.ClientSession]:
     """A session without a limit on connections: a client that waits for one would no longer be an open loop."""
     _raise_open_files_limit()
+    key = config.api_key
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        timeout=aiohttp.ClientTimeout(total=config.timeout_s),
+        headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
         yield session

@@ -1,7 +1,5 @@
 """`perigee replay-log FILE`: a recorded Conductor, lived through again by a fresh one."""
 
-import json
-import sys
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +8,8 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.replay.relive import Difference, Reliving, relive
-from perigee.replay.report import check_json_file
 from perigee.scheduler.config import AdmissionName, PlacementName
 from perigee.scheduler.errors import InvalidRecording
 from perigee.scheduler.recording.eventlog import LogDecoder
@@ -34,8 +32,8 @@ class ReplayLogConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def run(config: ReplayLogConfig) -> int:
-    """Exit status 1 if the commands differ. Raises InvalidRecording, or ReplayError for a JSON file that cannot be."""
-    check_json_file(config.json_file)
+    """Exit status 1 if the commands differ. Raises InvalidRecording, or ConfigurationError for the file of --json."""
+    check_writable(json=config.json_file)
     lines = read_lines(config.recording)
     first = next(lines, None)
     if first is None:
@@ -45,18 +43,10 @@ def run(config: ReplayLogConfig) -> int:
     given = {kind: name for kind, name in asked.items() if name is not None}
     others = replace(decoder.header.policies, **given) if given else None
     result = relive(decoder.header, decoder.records(lines), others)
-    _show(result, config)
+    if config.json_file != STDOUT:
+        _print(result, Console())
+    publish_json(as_json(result), config.json_file)
     return 0 if result.difference is None else 1
-
-
-def _show(result: Reliving, config: ReplayLogConfig) -> None:
-    text = json.dumps(as_json(result), indent=1) + "\n"
-    if config.json_file == "-":
-        sys.stdout.write(text)
-        return
-    _print(result, Console())
-    if config.json_file:
-        Path(config.json_file).write_text(text, encoding="utf-8")
 
 
 def as_json(result: Reliving) -> Json:

@@ -1,10 +1,8 @@
 """How a run shows itself: a progress bar while it runs, then tables, a page with plots, and JSON for machines."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from perigee.replay.errors import ReplayError
+from perigee.output import STDOUT, publish
 from perigee.replay.metrics import Distribution, Outcome, Report, RequestRecord, Slo
 from perigee.replay.page import hits_by_tier, run_page
 from perigee.replay.series import Sample, columns, range_rows, tells_of_workers
 from perigee.replay.shadow_report import ShadowReport, differences, side_by_side
-
-STDOUT = "-"
 
 
 class ReplayProgress:
@@ -79,39 +75,9 @@ class Run:
         return json.dumps(fields, indent=2, allow_nan=False)
 
 
-def check_json_file(json_file: str | None) -> None:
-    """Raises ReplayError if the report could not be written there: better known before the run than after it."""
-    if json_file not in (None, STDOUT):
-        _check_writable("json", Path(str(json_file)))
-
-
-def check_html_file(html: Path | None) -> None:
-    """The same of the page."""
-    if html is not None:
-        _check_writable("html", html)
-
-
-def _check_writable(field: str, file: Path) -> None:
-    with _writing(field, file), file.open("a", encoding="utf-8"):
-        pass
-
-
-def _write(field: str, file: Path, text: str) -> None:
-    with _writing(field, file):
-        file.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _writing(field: str, file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ReplayError(f"{field}: cannot write to {str(file)!r}: {error.strerror}") from error
-
-
 def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
     """Tables go to standard output, the page to `html`, and JSON to `json_file`; where that is `-`, the tables make way
-    for it. Raises ReplayError if a file cannot be written.
+    for it. Raises ConfigurationError if a file cannot be written.
     """
     report = run.report
     console = Console(stderr=json_file == STDOUT)
@@ -119,13 +85,9 @@ def write_run(run: Run, json_file: str | None, html: Path | None) -> None:
     for kind, failure in report.failures.items():
         console.print(f"{failure.count} × {kind}, the first: {failure.example}", markup=False, highlight=False)
     if html is not None:
-        text = run_page(run.title, report, run.records, run.samples, run.about, run.shadow)
-        _write("html", html, text)
-    if json_file == STDOUT:
-        sys.stdout.write(run.as_json() + "\n")
-        sys.stdout.flush()
-    elif json_file is not None:
-        _write("json", Path(json_file), run.as_json() + "\n")
+        publish(run_page(run.title, report, run.records, run.samples, run.about, run.shadow), "html", html)
+    if json_file is not None:
+        publish(run.as_json() + "\n", "json", json_file)
 
 
 def as_text(report: Report, samples: Sequence[Sample] = (), shadow: ShadowReport | None = None) -> Group:

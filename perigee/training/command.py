@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from perigee.output import STDOUT, check_writable, publish_json
 from perigee.plots.svg import DASHES, Line, Plot, standalone
 from perigee.training.comparison import OPTIMIZERS, Comparison, SeedResult, best_lr, step_counts
 from perigee.training.config import TrainConfig
@@ -32,13 +32,14 @@ Train = Callable[[Recipe, str], Curve]  # a recipe, and what the progress bar ca
 
 def run(config: TrainConfig) -> int:
     """Trains, and writes what came out to the output directory. Raises TrainingError."""
+    config.output.mkdir(parents=True, exist_ok=True)  # where the file may be meant to go
+    check_writable(json=config.json_file)
     if config.threads:
         torch.set_num_threads(config.threads)
     is_nano = config.recipe == NANO and not config.compare
     material = built_in(config.seed) if is_nano else by_flags(config)
     corpus = material.corpus
     logger.info("text read tokens=%d held_out=%d", len(corpus.training), len(corpus.held_out))
-    config.output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         results = (_compare if config.compare else _train)(config, material, progress)
     _publish(results, config.json_file)
@@ -132,11 +133,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _publish(results: dict[str, Any], json_file: str) -> None:
     """As JSON to standard output for `-`; otherwise in a few lines, and to the file if one is named."""
-    text = json.dumps(results, indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-        return
-    shown = {name: results[name] for name in ("tuned_lr", "share", "share_on_curve", "final") if name in results}
-    Console().print_json(json.dumps(shown))
-    if json_file:
-        Path(json_file).write_text(text)
+    if json_file != STDOUT:
+        shown = {name: results[name] for name in ("tuned_lr", "share", "share_on_curve", "final") if name in results}
+        Console().print_json(json.dumps(shown))
+    publish_json(results, json_file)

@@ -27,6 +27,14 @@ def _readable_moba(text: str) -> str:
     return text
 
 
+def _power_of_two(value: int) -> int:
+    if value < 1 or value & (value - 1):
+        raise ValueError("allowed are powers of two")
+    return value
+
+
+BlockTokens = Annotated[int, AfterValidator(_power_of_two)]
+
 # What the checkpoint is to be told of block-sparse attention: nothing, that it is off, or what it is.
 MobaText = Annotated[str, AfterValidator(_readable_moba)]
 
@@ -54,7 +62,7 @@ class WorkerConfig(DirectoryUser, frozen=True, extra="forbid"):
         description="block-sparse attention, such as block_size=512,top_k=3 (further full_layers, min_length, and "
         "decode, which is full or moba), or off; default: as the checkpoint says",
     )
-    block_tokens: int = Field(default=32, ge=1, description="tokens a KVCache block, a power of two")
+    block_tokens: BlockTokens = Field(default=32, description="tokens a KVCache block, a power of two")
     kv_tokens: int = Field(default=65536, ge=1, description="tokens that the KV pool holds")
     max_batched_tokens: int = Field(default=2048, ge=1, description="tokens a step may compute")
     shared_prompt_tokens: int = Field(

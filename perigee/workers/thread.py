@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from perigee.workers.engine.batcher import Active
 from perigee.workers.engine.engine import Engine, StepResult
 from perigee.workers.engine.sequence import Ref, Sequence
@@ -84,6 +86,8 @@ class EngineThread:
         await self.call(self.engine.batcher.remove, ref)
 
     def _run(self) -> None:
+        # OpenMP counts threads for each thread that has some: here it would give all cores to what is not torch's.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             while self._drain():
                 self._admit()

@@ -3,8 +3,9 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from perigee.kvstore.addresses import announced, checked_directory, checked_listen
+from perigee.kvstore.addresses import announced, checked_directory, checked_listen, join
 from perigee.kvstore.config import StoreConfig
+from perigee.kvstore.transfer.listening import split
 from perigee.scheduler.config import ConductorConfig
 from perigee.workers.config import WorkerConfig
 
@@ -65,6 +66,13 @@ def test_others_are_told_the_port_that_the_system_chose_and_the_host_that_they_c
     assert announced("127.0.0.1:0", 4711) == "127.0.0.1:4711"
     assert announced("0.0.0.0:0", 4711, "store-a") == "store-a:4711"
     assert announced("unix:/s", 1, "store-a") == "unix:/s"
+
+
+@pytest.mark.parametrize("advertise", ["fd00::12", "[fd00::12]"])
+def test_others_are_told_an_ipv6_address_in_brackets(advertise: str) -> None:
+    assert announced("[::]:0", 7001, advertise) == "[fd00::12]:7001"
+    assert announced(f"{advertise}:0", 7001) == "[fd00::12]:7001"
+    assert split(join(advertise, 7003)) == ("fd00::12", 7003)
 
 
 @pytest.mark.parametrize("target", ["unix:/d", "127.0.0.1:1", "redis://redis:6379/0?prefix=x&ttl_s=2", "rediss://r"])

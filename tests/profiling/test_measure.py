@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perigee.configuration import ConfigurationError
 from perigee.profiling.command import run
 from perigee.profiling.config import ProfileConfig
 from perigee.profiling.errors import ProfilingError
@@ -23,6 +24,6 @@ async def test_what_fails_beside_busy_neighbours_is_told_as_it_is() -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_the_cluster_is_asked(field: str, tmp_path: Path) -> None:
     files = {"output": str(tmp_path / "profile.yaml"), "json_file": "-"}
     files |= {"output" if field == "output" else "json_file": "/nowhere/file"}
-    with pytest.raises(ProfilingError, match=f"^{field}: cannot write to '/nowhere/file': No such file"):
+    with pytest.raises(ConfigurationError, match=f"^--{field}: '/nowhere/file' cannot be written; allowed is a file"):
         asyncio.run(run(ProfileConfig.model_validate({"url": "http://127.0.0.1:1", **files})))
     assert not list(tmp_path.iterdir())

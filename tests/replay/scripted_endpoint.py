@@ -70,14 +70,15 @@ Script = Callable[[Answer], Awaitable[int | None]]
 class ScriptedEndpoint:
     """`script` answers completions, `bodies` are the requests so far, in order of arrival.
 
-    With a `cluster` it is a Perigee endpoint, whose requests have a `receipt` each; `asked` are the paths of what was
-    asked about these. `first_ended` is set when the client sends a second request over a connection, so has read a
-    first answer whole.
+    With a `key` it answers nobody without it. With a `cluster` it is a Perigee endpoint, whose requests have a
+    `receipt` each; `asked` are the paths of what was asked about these. `first_ended` is set when the client sends a
+    second request over a connection, so has read a first answer whole.
     """
 
     script: Script = Answer.whole
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "small", "vocab_size": 512}])
     url: str = ""
+    key: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     cluster: dict[str, Any] | None = None
     receipt: dict[str, Any] | None = None
@@ -86,6 +87,7 @@ class ScriptedEndpoint:
     connections: set[object] = field(default_factory=set)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        self._authorize(request)
         headers = {"X-Request-Id": f"cmpl-{len(self.bodies)}"} if self.cluster else {}
         answer = Answer(request, await request.json(), headers)
         self.bodies.append(answer.body)
@@ -98,10 +100,16 @@ class ScriptedEndpoint:
         return await answer.end()
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
+        self._authorize(request)
         return web.json_response({"object": "list", "data": self.models})
+
+    def _authorize(self, request: web.Request) -> None:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            raise web.HTTPUnauthorized
 
     async def tell(self, request: web.Request) -> web.StreamResponse:
         """Of the cluster, or a receipt."""
+        self._authorize(request)
         self.asked.append(request.path)
         document = self.cluster if request.path == "/cluster" else self.receipt
         return web.json_response(document or {}, status=200 if document else 404)

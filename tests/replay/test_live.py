@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 from pydantic import ValidationError
 
+from perigee.configuration import ConfigurationError
 from perigee.replay.client import CompletionClient, Params
 from perigee.replay.config import ReplayConfig
-from perigee.replay.errors import EndpointError, ReplayError, TraceError
+from perigee.replay.errors import EndpointError, TraceError
 from perigee.replay.live import run
 from perigee.replay.metrics import Outcome, RequestRecord
 from tests.replay.scripted_endpoint import Answer, ScriptedEndpoint, by_prompt_length, forever
@@ -65,6 +66,14 @@ async def test_asks_for_exactly_what_the_trace_has(endpoint: ScriptedEndpoint, t
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+async def test_the_endpoints_key_is_sent(endpoint: ScriptedEndpoint, tmp_path: Path) -> None:
+    endpoint.key = "s3cret"
+    status, report = await replay(tmp_path, endpoint.url, (0, 8, 3), api_key="s3cret")
+    assert (status, report["completed"]) == (0, 1)
+    with pytest.raises(EndpointError, match="401"):
+        await replay(tmp_path, endpoint.url, (0, 8, 3))
 
 
 async def test_limit_and_length_scale_apply(endpoint: ScriptedEndpoint, tmp_path: Path) -> None:
@@ -280,7 +289,7 @@ async def test_bad_input_is_refused_before_anything_is_sent(endpoint: ScriptedEn
     with pytest.raises(TraceError, match=r"length_scale: 0\.3"):
         await replay(tmp_path, endpoint.url, (0, 1, 1), length_scale=0.3)
     trace = write_trace(tmp_path / "trace.csv", (0, 1, 1))
-    with pytest.raises(ReplayError, match=r"json: cannot write to .*missing"):
+    with pytest.raises(ConfigurationError, match=r"--json: '.*missing/report\.json' cannot be written"):
         await run(ReplayConfig(trace=trace, url=endpoint.url, json_file=str(tmp_path / "missing" / "report.json")))
     assert endpoint.bodies == []
 

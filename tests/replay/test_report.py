@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from perigee.replay.errors import ReplayError
+from perigee.configuration import ConfigurationError
 from perigee.replay.metrics import Outcome, Report, RequestRecord, Slo, summarize
 from perigee.replay.report import ReplayProgress, Run, as_text, write_run
 
@@ -43,7 +43,7 @@ def test_what_an_endpoint_calls_a_rejection_is_shown_as_it_is() -> None:
 
 def test_a_disk_that_is_full_is_named() -> None:
     run = Run("title", {}, summarize([], Slo()), (), ())
-    with pytest.raises(ReplayError, match="json: cannot write to '/dev/full': No space left on device"):
+    with pytest.raises(ConfigurationError, match="--json: '/dev/full' cannot be written: No space left on device"):
         write_run(run, "/dev/full", None)
 
 

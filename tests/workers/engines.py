@@ -68,8 +68,10 @@ def hidden_states(engine: Engine) -> Iterator[list[Tensor]]:
     made: list[Tensor] = []
     last = engine.runner.model.layers[-1]
     hook = last.register_forward_hook(lambda module, arguments, output: made.append(output[0] + output[1]))
-    yield made
-    hook.remove()
+    try:
+        yield made
+    finally:
+        hook.remove()
 
 
 def _steps(engine: Engine, sequences: Items[Sequence]) -> Iterator[StepResult]:

@@ -104,8 +104,10 @@ def test_linear_heads(unit: str, tokens: int, heads: int, width: int, outputs: i
     kernels = KERNELS[unit]
     x, weight = random(tokens, heads, width + rest), matrix(heads, outputs, width, seed=1)
     expected = torch.einsum("thi,hoi->tho", x[..., :width].float(), weight.float())
-    out = kernels.linear_heads(x, *kernels.matrices(weight))
-    assert close(out[..., :outputs], expected) and torch.equal(out[..., outputs:], x[..., width:])
+    packed = kernels.matrices(weight)
+    for laid_out in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        out = kernels.linear_heads(laid_out, *packed)
+        assert close(out[..., :outputs], expected) and torch.equal(out[..., outputs:], x[..., width:])
 
 
 @needs_native

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from perigee.workers.engine import recorded
 from perigee.workers.engine.engine import Engine
+from perigee.workers.engine.runner import Runner
 from perigee.workers.kernels.build import NativeUnavailable, library
 from perigee.workers.kernels.capture import Scratch
 from perigee.workers.kernels.native import NativeKernels, load
@@ -86,29 +87,68 @@ def test_repeated_steps_generate_what_computed_ones_do(checkpoint: Path, monkeyp
 
 @needs_native
 @pytest.mark.parametrize("decode", ["full", "moba"])
-def test_what_a_gate_needs_is_computed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, decode: str) -> None:
-    """Pages that a step fills are summarised, and queries that choose blocks choose."""
-    moba = f"block_size=32,top_k=2,full_layers=1,min_length=64,decode={decode}"
-    expected = computed(checkpoint, PROMPTS, [100] * 4, moba)
+def test_gates_choose_as_they_would(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, decode: str) -> None:
+    """Pages that repeated steps filled are summarised, and a shape that was full is computed where it is sparse."""
+    moba = f"block_size=32,top_k=2,full_layers=1,min_length=96,decode={decode}"
+    prompts, lengths = [PROMPTS[0], PROMPTS[0] + [300]], [200, 200]
+    expected = computed(checkpoint, prompts, lengths, moba)
     made = bfloat16(checkpoint, moba)
     steps = Steps(made, monkeypatch)
-    assert generated(made, PROMPTS, [100] * 4) == expected
-    assert steps.repeated if decode == "full" else steps.computed > steps.repeated
+    assert generated(made, prompts, lengths) == expected
+    assert steps.repeated > 50
+    assert decode == "full" or steps.computed > 90
 
 
 @needs_native
-def test_only_the_shapes_used_last_are_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "MAX_RECORDS", 1)
-    lengths = [90, 60, 30, 90]
-    assert generated(bfloat16(tiny_llama), PROMPTS, lengths) == computed(tiny_llama, PROMPTS, lengths)
+def test_a_model_with_a_query_latent_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tiny_moonlight.write(tmp_path, q_lora_rank=64)
+    expected = computed(directory, PROMPTS, [40] * 4)
+    made = bfloat16(directory)
+    steps = Steps(made, monkeypatch)
+    assert generated(made, PROMPTS, [40] * 4) == expected
+    assert steps.repeated > steps.computed
 
 
-def test_kernels_that_cannot_record_are_asked_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_native
+@pytest.mark.parametrize(("room", "recorded_again"), [(3, 0), (2, 1), (1, 3)])
+def test_the_shapes_used_last_are_kept(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, room: int, recorded_again: int
+) -> None:
+    captures: list[int] = []
+    capture = NativeKernels.capture
+    monkeypatch.setattr(NativeKernels, "capture", lambda *given: (captures.append(1), capture(*given))[1])
+    made = bfloat16(tiny_llama)
+    made.runner = Runner(made.runner.model, made.runner.pool, made.runner.eos_token_ids)
+    monkeypatch.setattr(recorded, "MAX_RECORDS", room)
+    captures.clear()
+    for streams in (1, 2, 1, 3, 1, 2):  # each a shape; with room for two, the third takes that of two streams
+        generated(made, [PROMPTS[0]] * streams, [10] * streams)
+    assert len(captures) == 3 + recorded_again
+
+
+@needs_native
+def test_a_shape_that_cannot_be_recorded_leaves_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bfloat16(tiny_llama)
+    run_layers = made.runner.model.run_layers
+
+    def foreign_for_two(x: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+        residual, delta = run_layers(x, *given)  # type: ignore[arg-type]
+        return (residual, delta) if len(x) != 2 else (residual + 0, delta)
+
+    monkeypatch.setattr(made.runner.model, "run_layers", foreign_for_two)
+    steps = Steps(made, monkeypatch)
+    for streams in (2, 1, 2, 1):
+        generated(made, [PROMPTS[0]] * streams, [20] * streams)
+    assert 15 < steps.repeated < 40
+
+
+def test_kernels_that_cannot_record_are_asked_once_a_shape(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(TorchKernels, "capture", lambda kernels, step: (asked.append(kernels), step())[1])
     made = engine(tiny_llama)
     steps = Steps(made, monkeypatch)
-    generated(made, PROMPTS, [20] * 4)
+    asked.clear()
+    generated(made, PROMPTS[:1], [20])
     assert (len(asked), steps.repeated) == (1, 0)
 
 
@@ -118,6 +158,13 @@ def test_a_step_with_an_operation_of_torch_is_done_and_not_recorded() -> None:
     gate_up = torch.ones(2, 64, dtype=torch.bfloat16)
     assert kernels.capture(lambda: made.append(kernels.gated_silu(gate_up) + 1)) is None
     assert torch.equal(made[0], kernels.gated_silu(gate_up) + 1)
+
+
+@needs_native
+def test_a_step_that_changes_or_brings_a_tensor_is_not_recorded() -> None:
+    kernels, gate_up = load(), torch.ones(2, 64, dtype=torch.bfloat16)
+    assert kernels.capture(lambda: gate_up.add_(1)) is None
+    assert kernels.capture(lambda: kernels.gated_silu(torch.tensor([[1.0] * 32], dtype=torch.bfloat16))) is None
 
 
 @needs_native

@@ -6,6 +6,7 @@ import logging
 import select
 import socket
 
+from perigee.kvstore.addresses import join
 from perigee.kvstore.errors import MalformedFrame
 from perigee.kvstore.transfer import listening
 from perigee.kvstore.transfer.base import PeerRefused, TransferFailed
@@ -57,7 +58,7 @@ class Connections:
 
     async def _connect_with_backoff(self, host: str, port: int, wait_s: float) -> socket.socket:
         loop = asyncio.get_running_loop()
-        address = listening.join(host, port)
+        address = join(host, port)
         deadline, backoff_s = loop.time() + wait_s, _FIRST_BACKOFF_S
         while True:
             try:
@@ -82,7 +83,7 @@ class Connections:
                 await loop.sock_connect(connection, resolved)
                 await greet(connection, self._secret)
                 undo.pop_all()
-        _log.info("connected to peer=%s", listening.join(host, port))
+        _log.info("connected to peer=%s", join(host, port))
         return connection
 
 

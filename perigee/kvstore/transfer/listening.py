@@ -2,21 +2,17 @@
 
 import socket
 
-from perigee.kvstore.addresses import is_loopback
+from perigee.kvstore.addresses import is_loopback, without_brackets
 from perigee.kvstore.errors import StoreError
 
 
 def split(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[v6]:port`. Raises ValueError for anything else."""
     host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
+    host = without_brackets(host)
     if not host or not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ValueError(f"address: {address!r}; allowed is host:port, such as 127.0.0.1:7000")
     return host, int(port)
-
-
-def join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def listen(address: str, *, authenticated: bool) -> socket.socket:

@@ -7,6 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 from perigee.kvstore.accepting import accept
+from perigee.kvstore.addresses import join
 from perigee.kvstore.errors import MalformedFrame
 from perigee.kvstore.transfer import listening
 from perigee.kvstore.transfer.base import BlockSource, TransferFailed
@@ -49,7 +50,7 @@ class TransferServer:
     def address(self) -> str:
         """Where it listens, as host:port."""
         host, port = self._listener.getsockname()[:2]
-        return listening.join(host, port)
+        return join(host, port)
 
     async def serve(self) -> None:
         """Serves until cancelled; then every connection is ended, and every lease."""
@@ -57,7 +58,7 @@ class TransferServer:
             while True:
                 await self._room.acquire()
                 connection, peer = await accept(self._listener, self._node_id)
-                task = tasks.create_task(self._serve(connection, listening.join(*peer[:2])))
+                task = tasks.create_task(self._serve(connection, join(*peer[:2])))
                 task.add_done_callback(functools.partial(self._leave, connection))
 
     def close(self) -> None:

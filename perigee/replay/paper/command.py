@@ -1,7 +1,5 @@
 """`perigee paper`: runs the experiments and lays ours beside what was published."""
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from perigee.output import STDOUT, check_writable, publish, publish_json
 from perigee.plots.page import Section, page
 from perigee.replay.paper import cache, capacity, overload, prefill
 from perigee.replay.paper.entry import Entry
 from perigee.replay.paper.lab import Lab
 from perigee.replay.paper.tables import number, why
-from perigee.replay.report import STDOUT, check_json_file
 
 TRACE = Path("mooncake_conversation.jsonl")
 PLACES = (Path(), Path("traces"), Path("../shared/traces"))
@@ -42,13 +40,12 @@ class PaperConfig(BaseModel, frozen=True, extra="forbid"):
     )
     limit: int | None = Field(None, gt=0, description="only the first so many requests: quick, and not comparable")
     json_file: str | None = Field(None, description="write the figures as JSON to this file, - for standard output")
-    html: str | None = Field(None, description="write a page with tables and plots to this file")
+    html: Path | None = Field(None, description="write a page with tables and plots to this file")
 
 
 def run(config: PaperConfig) -> int:
-    """Raises ReplayError if there is no trace, or a file cannot be written."""
-    for file in (config.json_file, config.html):
-        check_json_file(file)
+    """Raises ReplayError if there is no trace, ConfigurationError for a file that cannot be written."""
+    check_writable(json=config.json_file, html=config.html)
     lab = Lab(config.trace or _trace(), config.limit)
     _run_all(lab)
     entries = {experiment.name: experiment.entries(lab) for experiment in EXPERIMENTS}
@@ -56,8 +53,8 @@ def run(config: PaperConfig) -> int:
     Console(stderr=config.json_file == STDOUT).print(_table(every))
     if config.html:
         sections = [experiment.section(lab, entries[experiment.name]) for experiment in EXPERIMENTS]
-        Path(config.html).write_text(_page(sections), encoding="utf-8")
-    _write_json(every, config.json_file)
+        publish(_page(sections), "html", config.html)
+    publish_json({"experiments": [asdict(entry) | {"why": why(entry)} for entry in every]}, config.json_file, indent=2)
     return 0
 
 
@@ -84,11 +81,3 @@ def _table(entries: Sequence[Entry]) -> Table:
 
 def _page(sections: Sequence[Section]) -> str:
     return page("The Mooncake paper's experiments, simulated", sections)
-
-
-def _write_json(entries: Sequence[Entry], file: str | None) -> None:
-    text = json.dumps({"experiments": [asdict(entry) | {"why": why(entry)} for entry in entries]}, indent=2) + "\n"
-    if file == STDOUT:
-        sys.stdout.write(text)
-    elif file:
-        Path(file).write_text(text, encoding="utf-8")

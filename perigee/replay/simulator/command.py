@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from perigee.output import check_writable
 from perigee.replay.metrics import RequestRecord, Slo, summarize
-from perigee.replay.report import ReplayProgress, Run, check_html_file, check_json_file, write_run
+from perigee.replay.report import ReplayProgress, Run, write_run
 from perigee.replay.simulator.cluster import Cluster, changed, read_cluster
 from perigee.replay.simulator.simulation import Simulation
 from perigee.replay.trace import read_trace, scale, speed_up
@@ -54,9 +55,10 @@ class SimulateConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def run(config: SimulateConfig) -> int:
-    """Simulates and reports; the exit status is 1 if a request failed. Raises ReplayError or InvalidProfile."""
-    check_json_file(config.json_file)
-    check_html_file(config.html)
+    """Simulates and reports; the exit status is 1 if a request failed. Raises ReplayError or InvalidProfile, and
+    ConfigurationError for a file that cannot be written.
+    """
+    check_writable(json=config.json_file, html=config.html)
     cluster = _cluster(config)
     trace = speed_up(scale(read_trace(config.trace)[: config.limit], config.length_scale), config.speed)
     logger.info("simulation started cluster=%s requests=%d", cluster.name, len(trace))

@@ -10,8 +10,8 @@ from perigee.workers.attention.decode import is_sparse
 from perigee.workers.kernels.base import Captured, DecodeBatch, Rope
 from perigee.workers.model.decoder import Decoder
 
-# Batches grow and shrink by a sequence at a time, and their page tables double: few shapes return soon.
-MAX_RECORDS = 16
+# Some forty kilobytes each. Batches change by a sequence at a time and their page tables double, so shapes come back.
+MAX_RECORDS = 128
 
 Shape = tuple[int, int]  # sequences, pages
 
@@ -41,59 +41,60 @@ class _Record:
 
 
 class RecordedSteps:
-    """Runs the model's layers; where decode steps of one shape follow each other, by repeating the record of one."""
+    """Runs the model's layers. The second of two decode steps of one shape in succession is recorded, and later ones of
+    that shape repeat the record.
+    """
 
     def __init__(self, model: Decoder, pool: KVPool) -> None:
         self._model = model
         self._pool = pool
-        self._records: OrderedDict[Shape, _Record] = OrderedDict()
+        self._records: OrderedDict[Shape, _Record | None] = OrderedDict()  # None: of a shape that can't be recorded
         self._last: Shape | None = None
-        self._enabled = True
 
     def hidden(self, token_ids: Tensor, batch: StepBatch) -> Tensor:
         """As the model's `forward`."""
         x, rope = self._model.embed(token_ids, batch.positions)
-        shape = self._shape(batch)
-        residual, delta = self._repeat(shape, x, rope, batch) if shape else self._run(x, rope, batch)
-        self._last = shape
+        if batch.decode is None or self._is_sparse(batch):
+            self._last = None
+            residual, delta = self._run(x, rope, batch)
+        else:
+            residual, delta = self._decode(_Inputs(x, rope, batch.rows, batch.decode), batch)
         return residual + delta
 
-    def _shape(self, batch: StepBatch) -> Shape | None:
-        """None if what the step computes does not depend on its shape alone."""
+    def _is_sparse(self, batch: StepBatch) -> bool:
+        """Whether what a step computes depends on more than its shape: then a gate chooses pages."""
         moba = self._model.config.moba
-        if not (self._enabled and batch.decode) or (moba and any(is_sparse(span, moba) for span in batch.spans)):
-            return None
-        sequences, pages = batch.decode.pages.shape
-        return sequences, pages
+        return moba is not None and any(is_sparse(span, moba) for span in batch.spans)
+
+    def _decode(self, inputs: _Inputs, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        sequences, pages = inputs.decode.pages.shape
+        shape = (sequences, pages)
+        before, self._last = self._last, shape
+        if shape not in self._records and shape == before:
+            return self._record(shape, inputs, batch)
+        if record := self._records.get(shape):
+            self._records.move_to_end(shape)
+            record.inputs.set(inputs)
+            record.operations.replay()
+            self._summarise(batch)
+            return record.results
+        return self._run(inputs.x, inputs.rope, batch)
+
+    def _record(self, shape: Shape, inputs: _Inputs, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """The step's tensors stay where they are, for those of the steps to come."""
+        made: list[tuple[Tensor, Tensor]] = []
+        plain = replace(batch, full_pages=batch.full_pages[:0])
+        captured = self._model.kernels.capture(lambda: made.append(self._run(inputs.x, inputs.rope, plain)))
+        self._records[shape] = _Record(inputs, made[0], captured) if captured else None
+        if len(self._records) > MAX_RECORDS:
+            self._records.popitem(last=False)
+        self._summarise(batch)
+        return made[0]
 
     def _run(self, x: Tensor, rope: Rope, batch: StepBatch) -> tuple[Tensor, Tensor]:
         return self._model.run_layers(x, rope, batch, self._pool)
 
-    def _repeat(self, shape: Shape, x: Tensor, rope: Rope, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        assert batch.decode
-        inputs = _Inputs(x, rope, batch.rows, batch.decode)
-        record = self._records.get(shape)
-        if record:
-            self._records.move_to_end(shape)
-            record.inputs.set(inputs)
-            record.operations.replay()
-            results = record.results
-        elif shape == self._last:
-            results = self._record(shape, inputs, replace(batch, full_pages=batch.full_pages[:0]))
-        else:
-            return self._run(x, rope, batch)
-        for cache in self._pool.layers:  # nothing in the step reads the means of the pages that it fills
+    def _summarise(self, batch: StepBatch) -> None:
+        """The means of the pages that a step fills, which nothing in the step itself reads."""
+        for cache in self._pool.layers:
             cache.summarise(batch.full_pages)
-        return results
-
-    def _record(self, shape: Shape, inputs: _Inputs, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """The step's tensors stay where they are, for those of the steps to come."""
-        results: list[tuple[Tensor, Tensor]] = []
-        captured = self._model.kernels.capture(lambda: results.append(self._run(inputs.x, inputs.rope, batch)))
-        if captured is None:
-            self._enabled = False
-        else:
-            self._records[shape] = _Record(inputs, results[0], captured)
-            if len(self._records) > MAX_RECORDS:
-                self._records.popitem(last=False)
-        return results[0]

@@ -66,7 +66,7 @@ class Chosen:
 
 
 class Captured(Protocol):
-    """The operations of a step, on the very tensors that it had."""
+    """The operations of a step, on the very tensors that it had. Who has it keeps these, and the kernels."""
 
     def replay(self) -> None:
         """Does them again, with what is in those tensors now. Raises MemoryError."""

@@ -4,8 +4,9 @@ What CUDA graphs do on a GPU, for the same reason: where a step has few tokens, 
 takes as long as the operation. A record holds addresses, so a step that repeats it must put its inputs where they were
 and take its results from where they are, and must be one for which no decision in Python would go another way.
 
-While it is recorded, the memory of each result comes from a `Scratch` that outlives the record. Anything but a native
-kernel or a view that computes makes the step one that can't be recorded: then it is only done.
+While it is recorded, the memory of each result comes from a `Scratch` that outlives the record. Any operation but a
+native kernel and a view makes the step one that can't be recorded: then it is only done. What Python reads out of a
+tensor, by `tolist` or `numpy`, is not noticed: a step must not decide anything by that.
 """
 
 import ctypes
@@ -36,7 +37,8 @@ KERNELS = (
     "perigee_experts",
     "perigee_attend_paged",
 )
-_MAX_ARGUMENTS = 17
+_MAX_ARGUMENTS = 16
+_COPIES = {torch.ops.aten.lift, torch.ops.aten.lift_fresh}  # of what Python had, though they look like views
 _EMPTY = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
 
 Function = Callable[..., Any]
@@ -51,8 +53,8 @@ class _Call(ctypes.Structure):
 class Scratch:
     """Memory for what recorded steps compute on the way. A piece is free again as soon as no tensor lies in it.
 
-    All records share it, for only one is replayed at a time and what is still needed after that is still a tensor. So a
-    layer's results lie where those of the layer before it did, as they would without a record, and in the cache.
+    So a layer's results lie where those of the layer before it did, as they would without a record, and in the cache.
+    All records share it: what one leaves in a piece that another uses too must be read before that one is replayed.
     """
 
     def __init__(self) -> None:
@@ -63,7 +65,8 @@ class Scratch:
         size = int(np.prod(shape)) * dtype.itemsize
         piece = min((piece for piece in self._free if piece.nbytes >= size), key=len, default=None)
         if piece is None:
-            piece = torch.empty(size, dtype=torch.uint8).numpy()
+            # Powers of two, so that later steps with other sizes find use for it.
+            piece = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8).numpy()
         else:
             self._free = [other for other in self._free if other is not piece]
         lent = piece[:size]
@@ -72,7 +75,7 @@ class Scratch:
 
 
 class Recorder:
-    """Stands in for the library while a step is recorded."""
+    """Stands in for the library while a step is recorded. Its calls' memory is the caller's to keep."""
 
     def __init__(self, library: ctypes.CDLL, signatures: Mapping[str, Sequence[Any]]) -> None:
         self._library = library
@@ -127,7 +130,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in _EMPTY:
             return self._scratch.tensor(out.shape, out.dtype)
-        if func._schema.is_mutable or not _is_view(out, args):
+        if func._schema.is_mutable or func.overloadpacket in _COPIES or not _is_view(out, args):
             self._refuse(str(func))
         return out
 

@@ -21,7 +21,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "perigee_linear": [_POINTER] * 4 + [_LONG] * 9,
     "perigee_copy_ends": [_POINTER] * 2 + [_LONG] * 4,
     "perigee_logits": [_POINTER] * 3 + [_LONG] * 3,
-    "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
+    "perigee_add_rms_norm": [_POINTER] * 5 + [_LONG] * 3 + [_FLOAT],
     "perigee_gated_silu": [_POINTER] * 2 + [_LONG] * 2,
     "perigee_rotate_and_store": [_POINTER] * 7 + [_LONG] * 4,
     "perigee_rotate_and_store_latent": [_POINTER] * 8 + [_LONG] * 8 + [_FLOAT],
@@ -98,9 +98,9 @@ class NativeKernels(TorchKernels):
         return out
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
-        if not matrix.packed or not x.is_contiguous():
+        if not matrix.packed:
             return super().linear_heads(x, matrix)
-        weight = matrix.tensor
+        x, weight = x.contiguous(), matrix.tensor
         (tokens, heads, total), (_, outputs, width) = x.shape, weight.shape
         rest = total - width
         out = x.new_empty(tokens, heads, outputs + rest)
@@ -126,14 +126,16 @@ class NativeKernels(TorchKernels):
         rows, width = x.shape
         if width % 16:
             return super().add_rms_norm(x, delta, weight, eps)
-        x, normed = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        normed = x.new_empty(rows, width)
         if delta is None:
             total, delta_at = x, None
         else:
             delta = delta.contiguous()
-            total, delta_at = torch.empty_like(x), delta.data_ptr()
+            total, delta_at = x.new_empty(rows, width), delta.data_ptr()
         pointers = (x.data_ptr(), delta_at, weight.data_ptr(), total.data_ptr(), normed.data_ptr())
-        self._native.perigee_add_rms_norm(*pointers, rows, width, eps)
+        self._native.perigee_add_rms_norm(*pointers, rows, width, x.stride(0), eps)
         return total, normed
 
     def gated_silu(self, gate_up: Tensor) -> Tensor:
@@ -186,8 +188,9 @@ class NativeKernels(TorchKernels):
         return weights, experts
 
     def experts(self, x: Tensor, chosen: Chosen, gate_up: Matrix, down: Matrix) -> Tensor:
-        if not (gate_up.packed and down.packed and x.is_contiguous()):
+        if not (gate_up.packed and down.packed):
             return super().experts(x, chosen, gate_up, down)
+        x = x.contiguous()
         out = torch.empty_like(x)
         tensors = (x, chosen.experts, chosen.weights, gate_up.tensor, down.tensor, out)
         num_experts, width, inter = down.tensor.shape

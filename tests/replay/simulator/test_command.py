@@ -51,10 +51,10 @@ def test_the_same_command_writes_the_same_bytes(trace: Path, tmp_path: Path) -> 
 def test_what_cannot_be_used_is_named(trace: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "cluster.yaml"
     wrong.write_text(EXAMPLE.read_text(encoding="utf-8").replace("count: 8", "count: none"), encoding="utf-8")
-    for arguments, complaint in (
-        (["--cluster", str(wrong)], "nodes.0.count: 'none'"),
-        (["--cluster", str(EXAMPLE), "--placement", "best"], "placement: is 'best', allowed are"),
-        (["--cluster", str(EXAMPLE), "--html", str(tmp_path / "no" / "run.html")], "html: cannot write to"),
+    for code, arguments, complaint in (
+        (1, ["--cluster", str(wrong)], "nodes.0.count: 'none'"),
+        (1, ["--cluster", str(EXAMPLE), "--placement", "best"], "placement: is 'best', allowed are"),
+        (2, ["--cluster", str(EXAMPLE), "--html", str(tmp_path / "no" / "run.html")], "run.html' cannot be written"),
     ):
         ended = simulated(str(trace), *arguments)
-        assert ended.returncode == 1 and complaint in ended.stderr
+        assert ended.returncode == code and complaint in ended.stderr

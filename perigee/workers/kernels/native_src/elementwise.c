@@ -2,11 +2,13 @@
 // elementary operation; these take one pass each.
 #include "kernels.h"
 
-// sum = x + delta (or x where delta is NULL), y = sum / rms(sum) * w. `width` is a multiple of 16.
-void perigee_add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *w, bf16 *sum, bf16 *y, long m, long width, float eps) {
+// sum = x + delta (or x where delta is NULL), y = sum / rms(sum) * w. Rows of x are x_stride apart; `width` is a multiple
+// of 16.
+void perigee_add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *w, bf16 *sum, bf16 *y, long m, long width,
+                          long x_stride, float eps) {
 #pragma omp parallel for schedule(static) if (m > 16)
     for (long row = 0; row < m; row++) {
-        const bf16 *xr = x + row * width;
+        const bf16 *xr = x + row * x_stride;
         const bf16 *in = xr;
         __m512 squares = _mm512_setzero_ps();
         if (delta) {

@@ -5,7 +5,8 @@
 void perigee_linear(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, long heads, long m, long n, long k, long x_stride,
                     long y_stride, long x_head, long y_head, long w_head);
 void perigee_copy_ends(const bf16 *x, bf16 *y, long rows, long x_width, long y_width, long count);
-void perigee_add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *w, bf16 *sum, bf16 *y, long m, long width, float eps);
+void perigee_add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *w, bf16 *sum, bf16 *y, long m, long width,
+                          long x_stride, float eps);
 void perigee_gated_silu(const bf16 *gate_up, bf16 *y, long m, long width);
 void perigee_rotate_and_store(const bf16 *qkv, const bf16 *cos, const bf16 *sin, const int64_t *rows, bf16 *q, bf16 *keys,
                               bf16 *values, long m, long heads, long kv_heads, long d);

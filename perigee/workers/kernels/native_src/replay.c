@@ -6,7 +6,7 @@ enum kernel { LINEAR, COPY_ENDS, ADD_RMS_NORM, GATED_SILU, ROTATE_AND_STORE, ROT
 
 // Addresses and numbers in the order of the kernel's parameters, its one float apart.
 typedef struct {
-    int64_t kernel, args[17];
+    int64_t kernel, args[16];
     float real;
 } call;
 
@@ -21,7 +21,7 @@ static int do_call(const call *c) {
             perigee_copy_ends(AT(0), AT(1), a[2], a[3], a[4], a[5]);
             return 0;
         case ADD_RMS_NORM:
-            perigee_add_rms_norm(AT(0), AT(1), AT(2), AT(3), AT(4), a[5], a[6], c->real);
+            perigee_add_rms_norm(AT(0), AT(1), AT(2), AT(3), AT(4), a[5], a[6], a[7], c->real);
             return 0;
         case GATED_SILU:
             perigee_gated_silu(AT(0), AT(1), a[2], a[3]);
