@@ -161,6 +161,7 @@ async def watch(target: str, password: str) -> AsyncGenerator[tuple[Member, ...]
         except (RedisError, OSError) as error:
             _log.warning("cannot watch directory=%s error=%s", place.label, error)
             membership.lost_sight()
+            _heed_cancellation()
         await asyncio.sleep(backoff_s)
         backoff_s = min(2 * backoff_s, place.renewal_s, _LAST_BACKOFF_S)
 

@@ -197,6 +197,22 @@ async def test_the_wrong_password_keeps_one_out_but_not_for_good(redis: RedisSer
     await asyncio.wait([waiting])
 
 
+async def test_a_watcher_with_the_wrong_password_ends_whenever_it_is_cancelled(target: str) -> None:
+    async def watcher() -> None:
+        async for _ in watch(target, Access(directory_password="wrong")):
+            pass
+
+    async def cancelled_after(seconds: float) -> bool:
+        task = asyncio.create_task(watcher())
+        await asyncio.sleep(seconds)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    for _ in range(5):
+        assert all(await asyncio.gather(*(cancelled_after(number / 500) for number in range(40))))
+
+
 async def test_directories_with_other_prefixes_share_nothing(shared_redis: RedisServer) -> None:
     one, other = target_in(shared_redis), target_in(shared_redis)
     async with joined(one, STORE), watching(one) as here, watching(other) as there:
