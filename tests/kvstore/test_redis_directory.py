@@ -18,7 +18,7 @@ from tests.redis_server import RedisServer, redis_server
 PASSWORD = "open sesame, it is me"
 ACCESS = Access(directory_password=PASSWORD)
 
-# On a busy machine Redis's client now and then leaves a connection to the garbage collector, where its server was killed
+# On a busy machine Redis's client now and then leaves a connection to the garbage collector, when its server was killed
 # or hung: the warning comes in whatever test runs then. Which step of it loses the connection has not been found.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
