@@ -9,7 +9,20 @@ import pytest
 
 from perigee.kvstore import node
 from perigee.kvstore.config import StoreConfig
+from tests import tiny_moonlight
 from tests.workers.sites import Expected, Site
+
+
+@pytest.fixture(scope="session")
+def tiny_moon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a seeded random Moonlight, in Hugging Face layout."""
+    return tiny_moonlight.write(tmp_path_factory.mktemp("tiny-moonlight"))
+
+
+@pytest.fixture(params=["llama", "moonlight"])
+def checkpoint(request: pytest.FixtureRequest, tiny_llama: Path, tiny_moon: Path) -> Path:
+    """A small model of each architecture in turn."""
+    return tiny_llama if request.param == "llama" else tiny_moon
 
 
 @pytest.fixture

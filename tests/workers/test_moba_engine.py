@@ -19,16 +19,6 @@ MOBA = "block_size=64,top_k=2,full_layers=1,min_length=96"
 PROMPT = [(7919 * i) % 300 + 20 for i in range(400)]
 
 
-@pytest.fixture(scope="module")
-def tiny_moon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_moonlight.write(tmp_path_factory.mktemp("tiny-moonlight"))
-
-
-@pytest.fixture(params=["llama", "moonlight"])
-def checkpoint(request: pytest.FixtureRequest, tiny_llama: Path, tiny_moon: Path) -> Path:
-    return tiny_llama if request.param == "llama" else tiny_moon
-
-
 def outputs(directory: Path, moba: str, prompts: list[list[int]], **limits: int) -> list[list[int]]:
     return run(engine(directory, moba=moba, **limits), [sequence(p, str(i)) for i, p in enumerate(prompts)])
 

@@ -29,16 +29,6 @@ needs_native = pytest.mark.skipif(not _is_native(), reason="no compiler, or no A
 PROMPTS = [[(31 * i + 7 * n) % 280 + 20 for i in range(length)] for n, length in enumerate((3, 40, 63, 100))]
 
 
-@pytest.fixture(scope="module")
-def tiny_moon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_moonlight.write(tmp_path_factory.mktemp("tiny-moonlight"))
-
-
-@pytest.fixture(params=["llama", "moonlight"])
-def checkpoint(request: pytest.FixtureRequest, tiny_llama: Path, tiny_moon: Path) -> Path:
-    return tiny_llama if request.param == "llama" else tiny_moon
-
-
 def bfloat16(directory: Path, moba: str = "") -> Engine:
     return engine(directory, moba=moba, dtype="bfloat16", kv_tokens=2048)
 

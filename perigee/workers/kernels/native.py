@@ -272,6 +272,7 @@ def load(*, tiles: bool = True) -> NativeKernels:
     return NativeKernels(library(tiles=tiles))
 
 
-def _parts(longest: int, tasks: int) -> int:
+def _parts(room: int, tasks: int) -> int:
+    """Of contexts that page tables with `room` for so many tokens hold, for each of `tasks`."""
     wanted = -(-4 * torch.get_num_threads() // tasks)
-    return max(1, min(wanted, longest // _PART_TOKENS))
+    return max(1, min(wanted, room // _PART_TOKENS))
